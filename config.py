@@ -1,0 +1,311 @@
+"""All options of the library, as class attributes of `Config`.
+
+Sub-class `Config`, or pass options by name, to change some of them:
+
+    class CellConfig(Config):
+        NAME = "cells"
+        NUM_CLASSES = 1 + 1
+
+    config = CellConfig(DETECTION_MIN_CONFIDENCE=0.5)
+
+Names and defaults are those of matterport/Mask_RCNN and multimodallearning/pytorch-mask-rcnn.
+"""
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+
+class Config:
+    """Options of one experiment. Lengths are pixels of the padded network input."""
+
+    # Names the experiment; log folders and checkpoints are called after it.
+    NAME: str = "maskrcnn"
+
+    # ---------------------------------------------------------------- hardware and batches
+    # GPUs to use; 0 keeps the command line tools on the CPU. A model made in a script or a
+    # notebook lives where model.to(device) puts it, whatever is set here.
+    GPU_COUNT: int = 1
+    # Images in one batch of a GPU (or of the CPU), in training and in detect().
+    IMAGES_PER_GPU: int = 2
+
+    # ---------------------------------------------------------------- input images
+    # none   no resizing: sides must be multiples of 64
+    # square scale to IMAGE_MIN_DIM / IMAGE_MAX_DIM, pad to IMAGE_MAX_DIM x IMAGE_MAX_DIM
+    # pad64  scale up to IMAGE_MIN_DIM / IMAGE_MIN_SCALE, pad both sides to multiples of 64
+    # crop   training only: scale up, then a random IMAGE_MIN_DIM x IMAGE_MIN_DIM crop
+    IMAGE_RESIZE_MODE: str = "square"
+    # The shorter side is scaled up to at least IMAGE_MIN_DIM, unless that makes the longer
+    # one exceed IMAGE_MAX_DIM, which wins in mode "square". None: do not scale.
+    IMAGE_MIN_DIM: int | None = 800
+    IMAGE_MAX_DIM: int | None = 1024
+    # Least scale factor, e.g. 2 to see small objects; IMAGE_MAX_DIM wins in mode "square".
+    IMAGE_MIN_SCALE: float = 0
+    # Colour channels: 3 RGB, 1 grey, 4 RGB-D, ...; MEAN_PIXEL needs as many numbers.
+    IMAGE_CHANNEL_COUNT: int = 3
+    MEAN_PIXEL: Sequence[float] = (123.7, 116.8, 103.9)
+
+    # ---------------------------------------------------------------- backbone and pyramid
+    # "resnet50", "resnet101", a dict for other depths and widths of the same network, e.g.
+    # {"blocks": (2, 2, 2, 2), "width": 32}, or a callable that is given the config and returns
+    # five modules C1..C5, each fed with the output of the one before.
+    BACKBONE: str | dict | Callable = "resnet101"
+    # For a callable BACKBONE whose map sizes are not ceil(image / BACKBONE_STRIDES): given
+    # (height, width) of the network input it returns five (height, width), P2 to P6.
+    COMPUTE_BACKBONE_SHAPE: Callable | None = None
+    BACKBONE_STRIDES: Sequence[int] = (4, 8, 16, 32, 64)
+    # Whose pretrained ResNet this is, set by load_weights. "keras" has the stride of a stage in
+    # its first 1x1 convolution, BatchNorm eps 1e-3 and inputs minus MEAN_PIXEL; "torchvision" has
+    # it in the 3x3 convolution, eps 1e-5, and inputs scaled by torchvision's own mean and std.
+    BACKBONE_STYLE: str = "keras"
+    TOP_DOWN_PYRAMID_SIZE: int = 256
+    # Where load_weights("imagenet") reads; None finds or downloads torchvision's file.
+    IMAGENET_MODEL_PATH: str | None = None
+
+    # ---------------------------------------------------------------- region proposals
+    RPN_CHANNELS: int = 512
+    # Sides of the square anchor of each pyramid level, and width / height of its variants.
+    RPN_ANCHOR_SCALES: Sequence[float] = (32, 64, 128, 256, 512)
+    RPN_ANCHOR_RATIOS: Sequence[float] = (0.5, 1, 2)
+    # 1: anchors in each cell of a feature map, 2: in every other one.
+    RPN_ANCHOR_STRIDE: int = 1
+    RPN_BBOX_STD_DEV: Sequence[float] = (0.1, 0.1, 0.2, 0.2)
+    # Anchors by score kept before, and proposals kept after non-maximum suppression.
+    PRE_NMS_LIMIT: int = 6000
+    RPN_NMS_THRESHOLD: float = 0.7
+    POST_NMS_ROIS_TRAINING: int = 2000
+    POST_NMS_ROIS_INFERENCE: int = 1000
+
+    # ---------------------------------------------------------------- heads and detections
+    # Classes, background included.
+    NUM_CLASSES: int = 1
+    POOL_SIZE: int = 7
+    MASK_POOL_SIZE: int = 14
+    # Output of the mask head: twice MASK_POOL_SIZE.
+    MASK_SHAPE: Sequence[int] = (28, 28)
+    FPN_CLASSIF_FC_LAYERS_SIZE: int = 1024
+    BBOX_STD_DEV: Sequence[float] = (0.1, 0.1, 0.2, 0.2)
+    DETECTION_MAX_INSTANCES: int = 100
+    DETECTION_MIN_CONFIDENCE: float = 0.7
+    DETECTION_NMS_THRESHOLD: float = 0.3
+
+    # ---------------------------------------------------------------- training
+    STEPS_PER_EPOCH: int = 1000
+    VALIDATION_STEPS: int = 50
+    LEARNING_RATE: float = 0.001
+    LEARNING_MOMENTUM: float = 0.9
+    WEIGHT_DECAY: float = 0.0001
+    GRADIENT_CLIP_NORM: float = 5.0
+    LOSS_WEIGHTS: dict[str, float] = {  # noqa: RUF012 - an option, replaced and never changed
+        "rpn_class_loss": 1.0,
+        "rpn_bbox_loss": 1.0,
+        "mrcnn_class_loss": 1.0,
+        "mrcnn_bbox_loss": 1.0,
+        "mrcnn_mask_loss": 1.0,
+    }
+    # False keeps BatchNorm frozen, right for the small batches of this kind of network.
+    TRAIN_BN: bool = False
+    # Anchors sampled per image to train the region proposal network.
+    RPN_TRAIN_ANCHORS_PER_IMAGE: int = 256
+    # Proposals sampled per image to train the heads, and the share of positive ones.
+    TRAIN_ROIS_PER_IMAGE: int = 200
+    ROI_POSITIVE_RATIO: float = 0.33
+    # False trains the heads on boxes that the data set brings instead of on the proposals.
+    USE_RPN_ROIS: bool = True
+    MAX_GT_INSTANCES: int = 100
+    # Keep instance masks cut to their box and resized, instead of at the image's size.
+    USE_MINI_MASK: bool = True
+    MINI_MASK_SHAPE: Sequence[int] = (56, 56)
+
+    def __init__(self, **options: Any) -> None:
+        """Takes options by name, e.g. `Config(NUM_CLASSES=4)`.
+
+        Raises:
+            TypeError: an option that does not exist.
+        """
+        for name, value in options.items():
+            if not _is_option(name) or not hasattr(type(self), name):
+                raise TypeError(f"{name} is no option of Config{_did_you_mean(name)}")
+            setattr(self, name, value)
+
+    # ------------------------------------------------------------------ derived values
+    @property
+    def BATCH_SIZE(self) -> int:
+        return self.IMAGES_PER_GPU * max(self.GPU_COUNT, 1)
+
+    @property
+    def IMAGE_SHAPE(self) -> tuple[int, int, int]:
+        """Height, width, channels of the network input in the modes "square" and "crop"."""
+        mode = self.IMAGE_RESIZE_MODE
+        side = {"square": self.IMAGE_MAX_DIM, "crop": self.IMAGE_MIN_DIM}.get(mode)
+        if side is None:
+            raise ValueError(
+                f"IMAGE_SHAPE exists in the modes square and crop, IMAGE_RESIZE_MODE is {mode!r};"
+                " there each image has a shape of its own"
+            )
+        return (side, side, self.IMAGE_CHANNEL_COUNT)
+
+    def backbone_shapes(self, image_shape: Sequence[int]) -> list[tuple[int, int]]:
+        """Sizes of P2..P6 for a network input of (height, width, ...) pixels."""
+        compute = self.function("COMPUTE_BACKBONE_SHAPE")
+        if compute is not None:
+            return [(int(h), int(w)) for h, w in compute(image_shape)]
+        height, width = image_shape[:2]
+        return [(math.ceil(height / s), math.ceil(width / s)) for s in self.BACKBONE_STRIDES]
+
+    def function(self, name: str) -> Callable | None:
+        """The value of a callable option, without the `self` that a class attribute binds."""
+        return inspect.getattr_static(self, name)
+
+    # ------------------------------------------------------------------ looking and checking
+    def to_dict(self) -> dict[str, Any]:
+        """All options and their values, those that a sub-class adds included."""
+        names = [name for name in dir(self) if _is_option(name) and name not in _DERIVED]
+        return {name: getattr(self, name) for name in names}
+
+    def display(self) -> None:
+        """Prints a table of all options."""
+        print("\nConfigurations:")
+        for name, value in self.to_dict().items():
+            print(f"{name:30} {value}")
+        print()
+
+    def validate(self) -> None:
+        """Checks each option and how they go together.
+
+        Raises:
+            ValueError: names the option, its value and what to do.
+        """
+        for name in self.to_dict():
+            if not hasattr(Config, name) and _did_you_mean(name):
+                raise ValueError(f"{name} is no option of Config{_did_you_mean(name)}")
+        self._validate_numbers()
+        self._validate_image()
+        self._validate_network()
+
+    def _validate_numbers(self) -> None:
+        def check(condition: Callable[[Any], bool], expectation: str, *names: str) -> None:
+            for name in names:
+                value = getattr(self, name)
+                try:
+                    right = condition(value)
+                except TypeError:  # a string or None where a number belongs
+                    right = False
+                if not right:
+                    raise ValueError(f"{name} must be {expectation}, got {value!r}")
+
+        def whole(value: Any, least: int) -> bool:
+            return isinstance(value, (int, np.integer)) and int(value) >= least
+
+        check(lambda v: bool(v) and isinstance(v, str), "a name, not empty", "NAME")
+        check(lambda v: whole(v, 0), "a whole number from 0", "GPU_COUNT")
+        check(
+            lambda v: whole(v, 1),
+            "a whole number from 1",
+            *("IMAGES_PER_GPU", "IMAGE_CHANNEL_COUNT", "NUM_CLASSES", "TOP_DOWN_PYRAMID_SIZE"),
+            *("RPN_CHANNELS", "RPN_ANCHOR_STRIDE", "PRE_NMS_LIMIT", "POST_NMS_ROIS_TRAINING"),
+            *("POST_NMS_ROIS_INFERENCE", "POOL_SIZE", "MASK_POOL_SIZE", "MAX_GT_INSTANCES"),
+            *("FPN_CLASSIF_FC_LAYERS_SIZE", "DETECTION_MAX_INSTANCES", "STEPS_PER_EPOCH"),
+            *("RPN_TRAIN_ANCHORS_PER_IMAGE", "TRAIN_ROIS_PER_IMAGE"),
+        )
+        check(
+            lambda v: 0 <= v <= 1,
+            "in 0..1",
+            *("RPN_NMS_THRESHOLD", "DETECTION_NMS_THRESHOLD", "DETECTION_MIN_CONFIDENCE"),
+            *("ROI_POSITIVE_RATIO", "LEARNING_MOMENTUM"),
+        )
+        check(lambda v: v > 0, "above 0", "LEARNING_RATE", "GRADIENT_CLIP_NORM")
+        check(lambda v: v >= 0, "0 or more", "WEIGHT_DECAY", "IMAGE_MIN_SCALE")
+        check(
+            lambda v: len(v) == 4 and min(v) > 0,
+            "four numbers above 0",
+            *("RPN_BBOX_STD_DEV", "BBOX_STD_DEV"),
+        )
+        check(lambda v: len(v) == 2 and min(v) >= 1, "(height, width)", "MINI_MASK_SHAPE")
+        check(
+            lambda v: set(v) == set(Config.LOSS_WEIGHTS) and min(v.values()) >= 0,
+            f"a dict of weights of 0 or more for {', '.join(Config.LOSS_WEIGHTS)}",
+            "LOSS_WEIGHTS",
+        )
+
+    def _validate_image(self) -> None:
+        modes = ("none", "square", "pad64", "crop")
+        mode = self.IMAGE_RESIZE_MODE
+        if mode not in modes:
+            raise ValueError(f"IMAGE_RESIZE_MODE must be one of {', '.join(modes)}, got {mode!r}")
+        name = {"square": "IMAGE_MAX_DIM", "crop": "IMAGE_MIN_DIM"}.get(mode)
+        if name is not None:
+            side = getattr(self, name)
+            if side is None or side < 64 or side % 64:
+                below = max(64, (side or 0) // 64 * 64)
+                raise ValueError(
+                    f"{name} must be a multiple of 64 in mode {mode!r}, got {side};"
+                    f" use {below} or {below + 64}"
+                )
+        smallest, largest = self.IMAGE_MIN_DIM, self.IMAGE_MAX_DIM
+        if mode == "square" and smallest is not None and largest is not None and smallest > largest:
+            raise ValueError(
+                f"IMAGE_MIN_DIM must not exceed IMAGE_MAX_DIM, got {smallest} and {largest}"
+            )
+        if len(self.MEAN_PIXEL) != self.IMAGE_CHANNEL_COUNT:
+            raise ValueError(
+                f"MEAN_PIXEL must have one number per channel: IMAGE_CHANNEL_COUNT is"
+                f" {self.IMAGE_CHANNEL_COUNT}, got {len(self.MEAN_PIXEL)} numbers"
+            )
+
+    def _validate_network(self) -> None:
+        if isinstance(self.BACKBONE, dict):
+            blocks = self.BACKBONE.get("blocks", ())
+            if set(self.BACKBONE) != {"blocks", "width"} or len(blocks) != 4 or min(blocks) < 1:
+                raise ValueError(
+                    "BACKBONE as a dict must be {'blocks': (four numbers from 1), 'width':"
+                    f" channels of C1}}, got {self.BACKBONE!r}"
+                )
+        elif self.BACKBONE not in ("resnet50", "resnet101") and not callable(self.BACKBONE):
+            raise ValueError(
+                "BACKBONE must be 'resnet50', 'resnet101', a dict such as {'blocks': (2, 2, 2, 2),"
+                f" 'width': 32}} or a callable, got {self.BACKBONE!r}"
+            )
+        if self.BACKBONE_STYLE not in ("keras", "torchvision"):
+            raise ValueError(
+                f"BACKBONE_STYLE must be 'keras' or 'torchvision', got {self.BACKBONE_STYLE!r}"
+            )
+        if self.BACKBONE_STYLE == "torchvision" and self.IMAGE_CHANNEL_COUNT != 3:
+            raise ValueError(
+                "BACKBONE_STYLE 'torchvision' needs IMAGE_CHANNEL_COUNT 3,"
+                f" got {self.IMAGE_CHANNEL_COUNT}"
+            )
+        levels = len(self.BACKBONE_STRIDES)
+        if levels != 5 or len(self.RPN_ANCHOR_SCALES) != levels:
+            raise ValueError(
+                "BACKBONE_STRIDES and RPN_ANCHOR_SCALES must have five numbers each, one per level"
+                f" P2..P6, got {levels} and {len(self.RPN_ANCHOR_SCALES)}"
+            )
+        if len(self.RPN_ANCHOR_RATIOS) < 1 or min(self.RPN_ANCHOR_RATIOS) <= 0:
+            raise ValueError(
+                f"RPN_ANCHOR_RATIOS must be one or more numbers above 0, got"
+                f" {self.RPN_ANCHOR_RATIOS!r}"
+            )
+        mask = 2 * self.MASK_POOL_SIZE
+        if tuple(self.MASK_SHAPE) != (mask, mask):
+            raise ValueError(
+                f"MASK_SHAPE must be twice MASK_POOL_SIZE, ({mask}, {mask}),"
+                f" got {tuple(self.MASK_SHAPE)}"
+            )
+
+
+_DERIVED = {name for name, value in vars(Config).items() if isinstance(value, property)}
+
+
+def _is_option(name: str) -> bool:
+    return name.isupper() and not name.startswith("_") and name not in _DERIVED
+
+
+def _did_you_mean(name: str) -> str:
+    options = [option for option in vars(Config) if _is_option(option)]
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.85)
+    return f"; did you mean {close[0]}?" if close else ""

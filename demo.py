@@ -1,0 +1,169 @@
+"""Detects objects in photographs and draws them.
+
+python demo.py                                   # a photograph that scikit-image ships
+python demo.py street.jpg holiday/ --output out  # files and folders
+python demo.py street.jpg --stages --json        # the pipeline's stages, COCO-style results
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import coco
+import model as modellib
+import utils
+import visualize
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+
+
+def find_images(paths: Sequence[str]) -> list[Path]:
+    """The files named, and the images directly in the folders named."""
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(item for item in path.iterdir() if item.suffix.lower() in SUFFIXES)
+            if not inside:
+                raise FileNotFoundError(f"no images in the folder {path}")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise FileNotFoundError(f"no image or folder {path}")
+    return found
+
+
+def sample_image() -> np.ndarray:
+    import skimage.data
+
+    return skimage.data.astronaut()
+
+
+def class_names(count: int) -> list[str]:
+    if count == len(coco.CLASS_NAMES):
+        return coco.CLASS_NAMES
+    return ["BG", *(f"class {i}" for i in range(1, count))]
+
+
+def draw_stages(
+    model: modellib.MaskRCNN, image: np.ndarray, names: list[str]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Detects in one image; the result as of detect(masks="rle"), and a picture of each stage."""
+    molded, windows = model.mold_inputs([image])
+    prediction = model.predict(molded, windows)
+    result = modellib.unmold_detections(prediction, 0, image.shape, windows[0], "rle")
+
+    def pixels(boxes: torch.Tensor) -> np.ndarray:
+        return modellib.unmold_boxes(boxes, windows[0], image.shape).cpu().numpy()
+
+    rpn, proposals, detections = prediction.rpn, prediction.proposals, prediction.detections
+    best = (rpn.logits[0, :, 1] - rpn.logits[0, :, 0]).topk(100).indices
+    anchors = model.get_anchors(molded.shape[2:])[best]
+    std_dev = anchors.new_tensor(model.config.RPN_BBOX_STD_DEV)
+    refined = utils.apply_box_deltas(anchors, rpn.deltas[0, best] * std_dev)
+    refined = utils.clip_boxes(refined, (0.0, 0.0, 1.0, 1.0))
+    boxes, rois = pixels(detections.boxes), pixels(proposals.boxes[detections.roi_index])
+    class_ids, scores = detections.class_ids.cpu().numpy(), detections.scores.cpu().numpy()
+    mask_probs = prediction.mask_probs.cpu().numpy()
+    pictures = {
+        "1_anchors": visualize.draw_anchor_stage(
+            image, pixels(anchors), pixels(refined), pixels(proposals.boxes[:100])
+        ),
+        "2_refinement": visualize.draw_refinement_stage(
+            image, rois, boxes, class_ids, names, scores
+        ),
+        "3_masks": visualize.draw_mask_stage(image, mask_probs, boxes, class_ids, names, scores),
+    }
+    return result, pictures
+
+
+def write(path: Path, content: np.ndarray | list[dict[str, Any]]) -> None:
+    """Writes a picture or a JSON file, whole or not at all."""
+    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        if isinstance(content, np.ndarray):
+            Image.fromarray(content).save(partial)
+        else:
+            partial.write_text(json.dumps(content))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Does what the command line asks; returns the number of images that could not be read."""
+    if not 0 <= args.min_confidence <= 1:
+        raise ValueError(f"--min-confidence must be in 0..1, got {args.min_confidence}")
+    paths: Iterable[Path | None] = find_images(args.images) or [None]
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = modellib.MaskRCNN.from_weights(
+        args.model, DETECTION_MIN_CONFIDENCE=args.min_confidence
+    ).to(device)
+    names = class_names(model.config.NUM_CLASSES)
+    category_ids = coco.CATEGORY_IDS if names is coco.CLASS_NAMES else None
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+
+    broken, used = 0, set()
+    for path in tqdm(paths, unit="image", disable=len(args.images) == 0):
+        try:
+            image = sample_image() if path is None else utils.load_image(path)
+        except (OSError, ValueError) as error:
+            tqdm.write(f"demo.py: skipped: {error}", file=sys.stderr)
+            broken += 1
+            continue
+        stem = "astronaut" if path is None else path.stem
+        name = next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, 10**6))) if n not in used)
+        used.add(name)
+
+        if args.stages:
+            result, pictures = draw_stages(model, image, names)
+        else:
+            result, pictures = model.detect([image], masks="rle")[0], {}
+        arguments = (image, result["rois"], result["masks"], result["class_ids"], names)
+        picture = visualize.draw_instances(*arguments, result["scores"])
+        pictures["4_final" if args.stages else "detections"] = picture
+        for stage, content in pictures.items():
+            write(output / f"{name}_{stage}.png", content)
+        if args.json:
+            image_id = int(stem) if stem.isdigit() else name
+            write(output / f"{name}.json", coco.build_coco_results(image_id, result, category_ids))
+        tqdm.write(f"{path or name}: {len(result['scores'])} objects, {output / name}_*.png")
+        if args.show:
+            visualize.display_images([picture], [name], cols=1)
+    return broken
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("images", nargs="*", metavar="IMAGE|FOLDER", help="what to look at")
+    parser.add_argument("--model", default="coco", help="coco, or a .h5 or .pth file")
+    parser.add_argument("--output", default="out", metavar="DIR", help="default: out")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
+    parser.add_argument("--min-confidence", type=float, default=0.7, help="default: 0.7")
+    parser.add_argument("--stages", action="store_true", help="draw the four stages as well")
+    parser.add_argument("--json", action="store_true", help="write COCO-style results as well")
+    parser.add_argument("--show", action="store_true", help="show each picture in a window")
+    args = parser.parse_args(arguments)
+    try:
+        return 1 if run(args) else 0
+    except KeyboardInterrupt:
+        return 130
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"demo.py: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,746 @@
+"""Mask R-CNN (He et al. 2017, arXiv:1703.06870) on a ResNet feature pyramid.
+
+Top-down in the order of the data: ResNet, feature pyramid, region proposals, RoIAlign, the two
+heads, detections, and `MaskRCNN`, which ties them together. The arithmetic is that of
+matterport/Mask_RCNN, so that its published weights give its detections.
+
+Letters in shapes: B images, A anchors of an image, R rois of the batch, N detections, K classes,
+C channels, H W image, h w feature map, P pooled size, M mask size.
+Frames of boxes (y1, x1, y2, x2): image (pixels of the user's image), network (pixels of the padded
+network input) and unit (network pixels scaled so that 0 and 1 are the corner pixels of the input;
+see utils.norm_boxes).
+"""
+
+import logging
+import math
+import time
+from collections import OrderedDict, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import utils
+import weights
+from config import Config
+from nms import batched_nms, nms
+from roialign import crop_and_resize
+
+logger = logging.getLogger(__name__)
+
+
+class RPNOutput(NamedTuple):
+    """What the region proposal network says of each anchor of each image."""
+
+    logits: Tensor  # [B, A, 2] background, foreground
+    deltas: Tensor  # [B, A, 4] dy, dx, log(dh), log(dw) in units of RPN_BBOX_STD_DEV
+
+
+class Rois(NamedTuple):
+    """Boxes of all images of a batch in one list, images in ascending order."""
+
+    boxes: Tensor  # [R, 4] unit frame
+    image_index: Tensor  # [R] int64
+
+
+class Detections(NamedTuple):
+    """Final boxes of all images of a batch: images ascending, then scores descending."""
+
+    boxes: Tensor  # [N, 4] unit frame
+    class_ids: Tensor  # [N] int64
+    scores: Tensor  # [N]
+    image_index: Tensor  # [N] int64
+    roi_index: Tensor  # [N] int64, the proposal it was refined from
+
+
+class Prediction(NamedTuple):
+    """All stages of a batch in inference, from the region proposals on."""
+
+    rpn: RPNOutput
+    proposals: Rois
+    class_probs: Tensor  # [R, K]
+    class_deltas: Tensor  # [R, K, 4] in units of BBOX_STD_DEV
+    detections: Detections
+    mask_probs: Tensor  # [N, M, M] of the detected class
+
+
+############################################################
+#  ResNet (He et al. 2015, arXiv:1512.03385)
+############################################################
+
+BLOCKS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
+TORCHVISION_MEAN = (123.675, 116.28, 103.53)
+TORCHVISION_STD = (58.395, 57.12, 57.375)
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm with the constants of Keras and the state_dict keys of upstream."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=0.001, momentum=0.01)
+        # Upstream: its files are older than this buffer, and a fixed momentum has no use for it.
+        self.num_batches_tracked = None
+
+    # torch's own version would put num_batches_tracked into state_dicts that lack it.
+    _load_from_state_dict = nn.Module._load_from_state_dict
+
+
+class Bottleneck(nn.Module):
+    """1 x 1, 3 x 3 and 1 x 1 convolution around a shortcut; four times `width` channels out."""
+
+    def __init__(self, in_channels: int, width: int, stride: int = 1) -> None:
+        super().__init__()
+        out_channels = 4 * width
+        self.conv1 = nn.Conv2d(in_channels, width, 1, stride=stride)
+        self.bn1 = BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.bn2 = BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, out_channels, 1)
+        self.bn3 = BatchNorm2d(out_channels)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or in_channels != out_channels:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride=stride), BatchNorm2d(out_channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
+        return F.relu(self.bn3(self.conv3(x)) + shortcut, inplace=True)
+
+
+def resnet(blocks: Sequence[int], width: int = 64, in_channels: int = 3) -> list[nn.Module]:
+    """The stages C1..C5 of a ResNet with bottleneck blocks.
+
+    Args:
+        blocks: blocks in C2, C3, C4 and C5.
+        width: channels of C1; C2..C5 have 4, 8, 16 and 32 times as many.
+        in_channels: channels of the image.
+
+    Returns:
+        Five modules, to be applied one after the other, of stride 4, 1, 2, 2 and 2.
+    """
+    stages: list[nn.Module] = [
+        nn.Sequential(
+            nn.Conv2d(in_channels, width, 7, stride=2, padding=3),
+            BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+            # TensorFlow's SAME padding: on an even map the last window hangs over the edge.
+            nn.MaxPool2d(3, stride=2, ceil_mode=True),
+        )
+    ]
+    channels = width
+    for stage, count in enumerate(blocks):
+        stage_width = width * 2**stage
+        layers = []
+        for block in range(count):
+            layers.append(Bottleneck(channels, stage_width, 2 if stage > 0 and block == 0 else 1))
+            channels = 4 * stage_width
+        stages.append(nn.Sequential(*layers))
+    return stages
+
+
+def build_backbone(config: Config) -> list[nn.Module]:
+    """C1..C5 as config.BACKBONE asks."""
+    backbone = config.function("BACKBONE")
+    if isinstance(backbone, str):
+        return resnet(BLOCKS[backbone], in_channels=config.IMAGE_CHANNEL_COUNT)
+    if isinstance(backbone, dict):
+        return resnet(**backbone, in_channels=config.IMAGE_CHANNEL_COUNT)
+    stages = list(backbone(config))
+    if len(stages) != 5:
+        raise ValueError(f"BACKBONE must return the five modules C1..C5, got {len(stages)}")
+    return stages
+
+
+############################################################
+#  Feature pyramid (Lin et al. 2016, arXiv:1612.03144)
+############################################################
+
+
+class FPN(nn.Module):
+    """Bottom-up backbone and top-down pyramid.
+
+    Args:
+        stages: the modules C1..C5; C2..C5 must have the strides 4, 8, 16 and 32.
+        in_channels: channels of the image.
+        out_channels: channels of P2..P6.
+    """
+
+    def __init__(self, stages: Sequence[nn.Module], in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.C1, self.C2, self.C3, self.C4, self.C5 = stages
+        for level, channels in zip((2, 3, 4, 5), self._channels(in_channels), strict=True):
+            self.add_module(f"P{level}_conv1", nn.Conv2d(channels, out_channels, 1))
+            conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+            # Upstream: a padding layer came first, hence the key P2_conv2.1.weight.
+            self.add_module(f"P{level}_conv2", nn.Sequential(OrderedDict({"1": conv2})))
+
+    @torch.no_grad()
+    def _channels(self, in_channels: int) -> list[int]:
+        """Channels of C2..C5, read off a run on a small image, whose strides are checked too."""
+        training = self.training
+        side = 64
+        maps = self.eval().bottom_up(torch.zeros(1, in_channels, side, side))
+        self.train(training)
+        strides = [side // x.shape[2] for x in maps]
+        if strides != [4, 8, 16, 32]:
+            raise ValueError(f"C2..C5 of BACKBONE must have strides 4, 8, 16, 32, got {strides}")
+        return [x.shape[1] for x in maps]
+
+    def bottom_up(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """C2..C5 of images [B, C, H, W], which are normalised (see MaskRCNN.normalize)."""
+        c2 = self.C2(self.C1(images))
+        c3 = self.C3(c2)
+        c4 = self.C4(c3)
+        return c2, c3, c4, self.C5(c4)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """P2..P6 of normalised images [B, C, H, W], whose sides are multiples of 64."""
+        c2, c3, c4, c5 = self.bottom_up(images)
+        p5 = self.P5_conv1(c5)
+        p4 = self.P4_conv1(c4) + F.interpolate(p5, scale_factor=2.0)
+        p3 = self.P3_conv1(c3) + F.interpolate(p4, scale_factor=2.0)
+        p2 = self.P2_conv1(c2) + F.interpolate(p3, scale_factor=2.0)
+        p2, p3 = self.P2_conv2(p2), self.P3_conv2(p3)
+        p4, p5 = self.P4_conv2(p4), self.P5_conv2(p5)
+        p6 = p5[:, :, ::2, ::2]  # for the largest anchors only
+        return p2, p3, p4, p5, p6
+
+
+############################################################
+#  Region proposals (Ren et al. 2015, arXiv:1506.01497)
+############################################################
+
+
+class RPN(nn.Module):
+    """Region proposal network, applied to one pyramid level at a time.
+
+    Args:
+        in_channels: channels of the pyramid.
+        channels: channels of the shared 3 x 3 convolution.
+        anchors_per_cell: number of anchor ratios.
+        anchor_stride: 1 for anchors in each cell of the map, 2 for every other one, ...
+    """
+
+    def __init__(
+        self, in_channels: int, channels: int, anchors_per_cell: int, anchor_stride: int
+    ) -> None:
+        super().__init__()
+        self.conv_shared = nn.Conv2d(in_channels, channels, 3, stride=anchor_stride)
+        self.conv_class = nn.Conv2d(channels, 2 * anchors_per_cell, 1)
+        self.conv_bbox = nn.Conv2d(channels, 4 * anchors_per_cell, 1)
+
+    def forward(self, x: Tensor) -> RPNOutput:
+        """Logits and deltas of the anchors of a map [B, C, h, w], in the order of the anchors."""
+        x = F.relu(self.conv_shared(same_pad(x, self.conv_shared)), inplace=True)
+        batch = x.shape[0]
+        return RPNOutput(
+            self.conv_class(x).permute(0, 2, 3, 1).reshape(batch, -1, 2),
+            self.conv_bbox(x).permute(0, 2, 3, 1).reshape(batch, -1, 4),
+        )
+
+
+def same_pad(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """Pads as TensorFlow's SAME: ceil(size / stride) outputs, an odd pixel goes to the end."""
+    padding: list[int] = []
+    for size, kernel, stride in zip(x.shape[2:], conv.kernel_size, conv.stride, strict=True):
+        total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
+        padding = [total // 2, total - total // 2, *padding]
+    return F.pad(x, padding)
+
+
+def propose(rpn: RPNOutput, anchors: Tensor, count: int, config: Config) -> Rois:
+    """The anchors of highest foreground score, refined, clipped and without near duplicates.
+
+    Args:
+        rpn: the output for all levels.
+        anchors: [A, 4] float32, unit frame.
+        count: proposals to keep per image.
+    """
+    scores = rpn.logits.softmax(dim=2)[:, :, 1]
+    limit = min(config.PRE_NMS_LIMIT, anchors.shape[0])
+    std_dev = anchors.new_tensor(config.RPN_BBOX_STD_DEV)
+    boxes, image_index = [], []
+    for image, image_scores in enumerate(scores):
+        # In anchor order, since nms sorts by score itself and breaks ties by position.
+        top = image_scores.topk(limit, sorted=False).indices.sort().values
+        refined = utils.apply_box_deltas(anchors[top], rpn.deltas[image, top] * std_dev)
+        refined = utils.clip_boxes(refined, (0.0, 0.0, 1.0, 1.0))
+        keep = nms(refined, image_scores[top], config.RPN_NMS_THRESHOLD)[:count]
+        boxes.append(refined[keep])
+        image_index.append(torch.full_like(keep, image))
+    return Rois(torch.cat(boxes), torch.cat(image_index))
+
+
+############################################################
+#  RoIAlign over the pyramid
+############################################################
+
+
+def pyramid_roi_align(
+    features: Sequence[Tensor], rois: Rois, pool_size: int, image_shape: Sequence[int]
+) -> Tensor:
+    """Crops each roi from the pyramid level that suits its size.
+
+    Args:
+        features: P2..P5, each [B, C, h, w].
+        rois: boxes to crop; no gradient flows to them.
+        pool_size: P.
+        image_shape: (height, width) of the network input.
+
+    Returns:
+        [R, C, P, P], in the order of the rois.
+
+    Source: FPN paper, equation 1; one bilinear sample per bin as in tf.image.crop_and_resize.
+    """
+    # A box may end at the border, 1.0. Rounding must not carry its last sample beyond, where the
+    # crop is 0: which boxes lose a row or column that way would depend on their last bits.
+    boxes = rois.boxes.detach().clamp(max=1 - 2**-22)
+    height, width = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    # A box of 224 x 224 pixels belongs to P4. log(0) = -inf is clamped to P2.
+    scale = 224.0 / math.sqrt(image_shape[0] * image_shape[1])
+    levels = (4 + ((height * width).sqrt() / scale).log2().round()).clamp(2, 5)
+    pooled = boxes.new_empty(len(boxes), features[0].shape[1], pool_size, pool_size)
+    for level, feature in enumerate(features, start=2):
+        members = (levels == level).nonzero()[:, 0]
+        index = rois.image_index[members]
+        pooled[members] = crop_and_resize(feature, boxes[members], index, pool_size, pool_size)
+    return pooled
+
+
+############################################################
+#  Heads
+############################################################
+
+
+class Classifier(nn.Module):
+    """Class scores and class-specific box deltas of rois; the fully connected layers are
+    convolutions, as in the weights' origin."""
+
+    def __init__(self, in_channels: int, pool_size: int, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.pool_size = pool_size
+        self.conv1 = nn.Conv2d(in_channels, channels, pool_size)
+        self.bn1 = BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 1)
+        self.bn2 = BatchNorm2d(channels)
+        self.linear_class = nn.Linear(channels, num_classes)
+        self.linear_bbox = nn.Linear(channels, 4 * num_classes)
+
+    def forward(
+        self, features: Sequence[Tensor], rois: Rois, image_shape: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Class logits [R, K] and deltas [R, K, 4] of the rois in P2..P5."""
+        x = pyramid_roi_align(features, rois, self.pool_size, image_shape)
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
+        x = x.flatten(1)  # [R, C]
+        return self.linear_class(x), self.linear_bbox(x).unflatten(1, (-1, 4))
+
+
+class Mask(nn.Module):
+    """Mask logits of boxes for one class each."""
+
+    def __init__(self, in_channels: int, pool_size: int, num_classes: int) -> None:
+        super().__init__()
+        channels = in_channels
+        self.pool_size = pool_size
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.bn1 = BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.bn2 = BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.bn3 = BatchNorm2d(channels)
+        self.conv4 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.bn4 = BatchNorm2d(channels)
+        self.deconv = nn.ConvTranspose2d(channels, channels, 2, stride=2)
+        self.conv5 = nn.Conv2d(channels, num_classes, 1)
+
+    def forward(
+        self, features: Sequence[Tensor], rois: Rois, class_ids: Tensor, image_shape: Sequence[int]
+    ) -> Tensor:
+        """Logits [R, M, M] of the class class_ids [R] of each roi in P2..P5."""
+        x = pyramid_roi_align(features, rois, self.pool_size, image_shape)
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
+        x = F.relu(self.bn3(self.conv3(x)), inplace=True)
+        x = F.relu(self.bn4(self.conv4(x)), inplace=True)
+        x = F.relu(self.deconv(x), inplace=True)
+        # conv5 for the wanted class of each roi only, one of K.
+        weight = self.conv5.weight[class_ids].flatten(1)  # [R, C]
+        logits = torch.einsum("rchw,rc->rhw", x, weight)
+        return logits + self.conv5.bias[class_ids, None, None]
+
+
+############################################################
+#  Detections
+############################################################
+
+
+def refine_detections(
+    proposals: Rois, class_probs: Tensor, class_deltas: Tensor, windows: Tensor, config: Config
+) -> Detections:
+    """Boxes of the likeliest class of each proposal, refined, clipped and without duplicates.
+
+    Args:
+        proposals: the rois that the classifier judged.
+        class_probs: [R, K].
+        class_deltas: [R, K, 4] in units of BBOX_STD_DEV.
+        windows: [B, 4] unit frame, the part of each network input that shows the image.
+
+    Source: Mask R-CNN paper, section 3.1, inference.
+    """
+    scores, class_ids = class_probs.max(dim=1)
+    rows = torch.arange(len(class_ids), device=class_ids.device)
+    deltas = class_deltas[rows, class_ids] * class_deltas.new_tensor(config.BBOX_STD_DEV)
+    boxes = utils.apply_box_deltas(proposals.boxes, deltas)
+    boxes = utils.clip_boxes(boxes, windows[proposals.image_index])
+
+    confident = (class_ids > 0) & (scores >= config.DETECTION_MIN_CONFIDENCE)
+    candidates = confident.nonzero()[:, 0]
+    image_index = proposals.image_index[candidates]
+    group = image_index * config.NUM_CLASSES + class_ids[candidates]
+    keep = batched_nms(boxes[candidates], scores[candidates], group, config.DETECTION_NMS_THRESHOLD)
+    roi_index = torch.cat(
+        [
+            candidates[keep[image_index[keep] == image]][: config.DETECTION_MAX_INSTANCES]
+            for image in range(len(windows))
+        ]
+    )
+    return Detections(
+        boxes[roi_index],
+        class_ids[roi_index],
+        scores[roi_index],
+        proposals.image_index[roi_index],
+        roi_index,
+    )
+
+
+############################################################
+#  Mask R-CNN
+############################################################
+
+
+class MaskRCNN(nn.Module):
+    """The whole network.
+
+    Args:
+        config: checked and kept; some of its options are read again in each call.
+        model_dir: folder for the logs and checkpoints of training; made when first written to.
+
+    Raises:
+        ValueError: the config contradicts itself.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: Config, model_dir: str | Path = "logs") -> None:
+        super().__init__()
+        config.validate()
+        self.config = config
+        self.model_dir = Path(model_dir)
+        pyramid = config.TOP_DOWN_PYRAMID_SIZE
+        self.fpn = FPN(build_backbone(config), config.IMAGE_CHANNEL_COUNT, pyramid)
+        self.rpn = RPN(
+            pyramid, config.RPN_CHANNELS, len(config.RPN_ANCHOR_RATIOS), config.RPN_ANCHOR_STRIDE
+        )
+        self.classifier = Classifier(
+            pyramid, config.POOL_SIZE, config.FPN_CLASSIF_FC_LAYERS_SIZE, config.NUM_CLASSES
+        )
+        self.mask = Mask(pyramid, config.MASK_POOL_SIZE, config.NUM_CLASSES)
+        channels = config.IMAGE_CHANNEL_COUNT
+        self.register_buffer("mean", torch.empty(channels, 1, 1), persistent=False)
+        self.register_buffer("std", torch.empty(channels, 1, 1), persistent=False)
+        self._anchors: dict[tuple[int, int, torch.device], Tensor] = {}
+        self._initialize_weights()
+        self.set_backbone_style(config.BACKBONE_STYLE)
+
+    def _initialize_weights(self) -> None:
+        """Glorot's uniform distribution and zero biases, as Keras does."""
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    @property
+    def device(self) -> torch.device:
+        return self.mean.device
+
+    def train(self, mode: bool = True) -> "MaskRCNN":
+        """Training mode, in which BatchNorm stays frozen unless config.TRAIN_BN."""
+        super().train(mode)
+        if mode and not self.config.TRAIN_BN:
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        return self
+
+    def set_backbone_style(self, style: str) -> None:
+        """Makes the ResNet compute what its weights were trained with.
+
+        Called by load_weights; config.BACKBONE_STYLE remembers it.
+
+        Args:
+            style: "keras" (stride in the first 1 x 1 convolution of a stage, SAME padding of the
+                pooling, BatchNorm eps 1e-3, images minus MEAN_PIXEL) or "torchvision" (stride in
+                the 3 x 3 convolution, symmetric padding, eps 1e-5, torchvision's mean and std).
+
+        Raises:
+            ValueError: no such style, or one that the config does not allow.
+        """
+        self.config.BACKBONE_STYLE = style
+        self.config.validate()
+        torchvision = style == "torchvision"
+        mean = TORCHVISION_MEAN if torchvision else self.config.MEAN_PIXEL
+        std = TORCHVISION_STD if torchvision else [1.0] * len(mean)
+        self.mean.copy_(torch.tensor(mean).view(-1, 1, 1))
+        self.std.copy_(torch.tensor(std).view(-1, 1, 1))
+        if callable(self.config.function("BACKBONE")):
+            return
+        for module in self.fpn.modules():
+            if isinstance(module, BatchNorm2d):
+                module.eps = 1e-5 if torchvision else 1e-3
+            elif isinstance(module, nn.MaxPool2d):
+                module.padding, module.ceil_mode = (1, False) if torchvision else (0, True)
+            elif isinstance(module, Bottleneck):
+                # The first block of C3, C4 and C5 has the strides 1 and 2, in this order or that.
+                strides = sorted(
+                    [module.conv1.stride, module.conv2.stride], reverse=not torchvision
+                )
+                module.conv1.stride, module.conv2.stride = strides
+
+    def load_weights(self, path: str | Path, **options: Any) -> weights.LoadReport:
+        """Loads a file of any known format; see weights.load_weights for the options."""
+        return weights.load_weights(self, path, **options)
+
+    @classmethod
+    def from_weights(cls, path: str | Path, **options: Any) -> "MaskRCNN":
+        """A model in inference mode that fits a weight file, with its weights.
+
+        Args:
+            path: "coco", or a .h5 or .pth file, which tells depth, widths and classes; our own
+                checkpoints tell the whole configuration.
+            options: of Config, e.g. DETECTION_MIN_CONFIDENCE=0.5; they win over the file's.
+        """
+        path = weights.find_weights(path)
+        known = {k: v for k, v in weights.read_options(path).items() if hasattr(Config, k)}
+        model = cls(Config(**{**known, **options}))
+        model.load_weights(path, verbose=False)
+        return model.eval()
+
+    def get_anchors(self, image_shape: Sequence[int]) -> Tensor:
+        """Anchors [A, 4] float32, unit frame, for a network input of (height, width) pixels."""
+        key = (image_shape[0], image_shape[1], self.device)
+        if key not in self._anchors:
+            config = self.config
+            anchors = utils.generate_pyramid_anchors(
+                config.RPN_ANCHOR_SCALES,
+                config.RPN_ANCHOR_RATIOS,
+                config.backbone_shapes(image_shape),
+                config.BACKBONE_STRIDES,
+                config.RPN_ANCHOR_STRIDE,
+            )
+            unit = utils.norm_boxes(anchors, image_shape)
+            self._anchors[key] = torch.from_numpy(unit).to(self.device)
+        return self._anchors[key]
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Network input of images [B, C, H, W] uint8: float32, minus the mean, over the std."""
+        return (images - self.mean) / self.std
+
+    def propose(
+        self, features: Sequence[Tensor], image_shape: Sequence[int]
+    ) -> tuple[RPNOutput, Rois]:
+        """Runs the region proposal network on P2..P6."""
+        levels = [self.rpn(feature) for feature in features]
+        rpn = RPNOutput(
+            torch.cat([level.logits for level in levels], dim=1),
+            torch.cat([level.deltas for level in levels], dim=1),
+        )
+        config = self.config
+        count = config.POST_NMS_ROIS_TRAINING if self.training else config.POST_NMS_ROIS_INFERENCE
+        return rpn, propose(rpn, self.get_anchors(image_shape), count, config)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor, windows: Tensor) -> Prediction:
+        """Runs all stages on molded images, see mold_inputs; `detect` is the friendlier way.
+
+        Args:
+            images: [B, C, H, W] uint8, sides multiples of 64, on the model's device.
+            windows: [B, 4] float32, unit frame, the part of each that shows the image.
+        """
+        image_shape = images.shape[2:]
+        *features, p6 = self.fpn(self.normalize(images))
+        rpn, proposals = self.propose([*features, p6], image_shape)
+        class_logits, class_deltas = self.classifier(features, proposals, image_shape)
+        class_probs = class_logits.softmax(dim=1)
+        detections = refine_detections(proposals, class_probs, class_deltas, windows, self.config)
+        rois = Rois(detections.boxes, detections.image_index)
+        mask_logits = self.mask(features, rois, detections.class_ids, image_shape)
+        return Prediction(
+            rpn, proposals, class_probs, class_deltas, detections, mask_logits.sigmoid()
+        )
+
+    def detect(
+        self, images: Sequence[np.ndarray], verbose: int = 0, masks: str = "full"
+    ) -> list[dict[str, Any]]:
+        """Finds the objects in images.
+
+        Args:
+            images: a list of arrays [H, W, 3] uint8 RGB of any sizes. Grey, RGBA, 16-bit and
+                float (0..1) images are converted, see utils.as_uint8_image.
+            verbose: 1 logs the images, objects and seconds of each batch.
+            masks: "full" for masks at the image's size, "rle" for COCO run-length encoding (small,
+                for big images and many objects), "box" for masks at the size of their boxes.
+
+        Returns:
+            A dict of numpy arrays per image, best score first:
+            rois [N, (y1, x1, y2, x2)] int32, image pixels, half-open; class_ids [N] int32;
+            scores [N] float32; masks: [H, W, N] bool, or a list of N dicts {"size", "counts"}, or
+            a list of N arrays [y2 - y1, x2 - x1] bool.
+
+        Raises:
+            TypeError, ValueError: an image that cannot be understood.
+        """
+        if masks not in ("full", "rle", "box"):
+            raise ValueError(f"masks must be 'full', 'rle' or 'box', got {masks!r}")
+        if not isinstance(images, (list, tuple)):
+            raise TypeError(
+                f"detect takes a list of images, got {type(images).__name__}; use detect([image])"
+            )
+        channels = self.config.IMAGE_CHANNEL_COUNT
+        images = [utils.as_uint8_image(image, channels) for image in images]
+        # Only images that need the same padding go in one batch: a batch of two is two of one.
+        batches = defaultdict(list)
+        for i, image in enumerate(images):
+            square = self.config.IMAGE_RESIZE_MODE == "square"
+            batches["square" if square else image.shape].append(i)
+
+        results: list[dict[str, Any]] = [{} for _ in images]
+        training, size = self.training, self.config.BATCH_SIZE
+        self.eval()
+        try:
+            for members in batches.values():
+                for start in range(0, len(members), size):
+                    batch = members[start : start + size]
+                    found = self._detect_batch([images[i] for i in batch], masks, verbose)
+                    for i, result in zip(batch, found, strict=True):
+                        results[i] = result
+        finally:
+            self.train(training)
+        return results
+
+    def _detect_batch(
+        self, images: list[np.ndarray], masks: str, verbose: int
+    ) -> list[dict[str, Any]]:
+        start = time.perf_counter()
+        molded, windows = self.mold_inputs(images)
+        prediction = self.predict(molded, windows)
+        results = [
+            unmold_detections(prediction, i, image.shape, windows[i], masks)
+            for i, image in enumerate(images)
+        ]
+        if verbose:
+            shapes = ", ".join(f"{image.shape[0]}x{image.shape[1]}" for image in images)
+            counts = ", ".join(str(len(result["scores"])) for result in results)
+            seconds = time.perf_counter() - start
+            logger.info("images %s: %s objects in %.2f s", shapes, counts, seconds)
+        return results
+
+    def mold_inputs(self, images: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """Resizes and pads images, which must come to one shape, and stacks them.
+
+        Args:
+            images: arrays [H, W, C] uint8.
+
+        Returns:
+            images [B, C, H, W] uint8 on the model's device, and windows [B, 4] float32, unit
+            frame, the part of each that shows the image.
+        """
+        config = self.config
+        if config.IMAGE_RESIZE_MODE == "crop":
+            raise ValueError("IMAGE_RESIZE_MODE 'crop' is for training; detect with 'square'")
+        resized = [
+            utils.resize_image(
+                image,
+                min_dim=config.IMAGE_MIN_DIM,
+                max_dim=config.IMAGE_MAX_DIM,
+                min_scale=config.IMAGE_MIN_SCALE,
+                mode=config.IMAGE_RESIZE_MODE,
+            )
+            for image in images
+        ]
+        height, width = resized[0].image.shape[:2]
+        if height % 64 or width % 64:
+            raise ValueError(
+                f"image sides must be multiples of 64 in mode 'none', got {height} x {width};"
+                " use IMAGE_RESIZE_MODE 'pad64'"
+            )
+        molded = torch.from_numpy(np.stack([item.image for item in resized]))
+        windows = np.stack([item.window for item in resized])
+        windows = torch.from_numpy(utils.norm_boxes(windows, (height, width)))
+        return molded.to(self.device).permute(0, 3, 1, 2), windows.to(self.device)
+
+
+def unmold_boxes(boxes: Tensor, window: Tensor, image_shape: Sequence[int]) -> Tensor:
+    """Boxes [N, 4] of the unit frame in image pixels, int32.
+
+    Args:
+        window: [4] unit frame, the part of the network input that shows the image.
+        image_shape: (height, width, ...) of the image.
+    """
+    shift, scale = window[:2].repeat(2), (window[2:] - window[:2]).repeat(2)
+    return utils.denorm_boxes((boxes - shift) / scale, image_shape)
+
+
+def unmold_detections(
+    prediction: Prediction, image: int, image_shape: Sequence[int], window: Tensor, masks: str
+) -> dict[str, Any]:
+    """The detections of one image of a batch, in the form that MaskRCNN.detect returns.
+
+    Args:
+        image: position in the batch.
+        image_shape: (height, width, ...) of the image before it was molded.
+        window: [4] unit frame, the part of the network input that shows the image.
+        masks: "full", "rle" or "box".
+    """
+    detections = prediction.detections
+    members = (detections.image_index == image).nonzero()[:, 0]
+    boxes = unmold_boxes(detections.boxes[members], window, image_shape)
+    # Boxes thinner than a pixel of the image can round to nothing.
+    visible = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1)
+    boxes, members = boxes[visible], members[visible]
+
+    height, width = image_shape[:2]
+    corners = boxes.tolist()
+    pasted = (
+        utils.paste_mask(probs, y2 - y1, x2 - x1)
+        for probs, (y1, x1, y2, x2) in zip(prediction.mask_probs[members], corners, strict=True)
+    )
+    found: Any
+    if masks == "box":
+        found = [mask.cpu().numpy() for mask in pasted]
+    elif masks == "rle":
+        found = [
+            utils.rle_encode(mask.cpu().numpy(), box, (height, width))
+            for mask, box in zip(pasted, corners, strict=True)
+        ]
+    else:
+        canvas = torch.zeros(len(corners), height, width, dtype=torch.bool, device=boxes.device)
+        for row, mask, (y1, x1, y2, x2) in zip(canvas, pasted, corners, strict=True):
+            row[y1:y2, x1:x2] = mask
+        found = canvas.permute(1, 2, 0).cpu().numpy()  # [H, W, N]
+    return {
+        "rois": boxes.cpu().numpy(),
+        "class_ids": detections.class_ids[members].to(torch.int32).cpu().numpy(),
+        "scores": detections.scores[members].cpu().numpy(),
+        "masks": found,
+    }

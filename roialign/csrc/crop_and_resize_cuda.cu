@@ -1,0 +1,115 @@
+// One thread per number of the crops, in their memory order.
+#include "crop_and_resize_cuda.h"
+
+#ifdef __CUDACC__  // else g++ with tests/cuda_emulation.h
+#define LAUNCH(kernel, blocks, threads, stream, ...) \
+  kernel<<<blocks, threads, 0, stream>>>(__VA_ARGS__)
+#endif
+
+namespace roialign {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int64_t kMaxBlocks = 1 << 16;
+
+int64_t count_values(const Shape& shape) {
+  return shape.crops * shape.channels * shape.crop_height * shape.crop_width;
+}
+
+int count_blocks(const Shape& shape) {
+  const int64_t blocks = (count_values(shape) + kThreads - 1) / kThreads;
+  return int(blocks < kMaxBlocks ? blocks : kMaxBlocks);
+}
+
+template <class T>
+struct Sample {
+  Tap<T> y, x;
+  bool inside;
+  int64_t origin, step;  // pixel (y, x) of the channel is at origin + (y * width + x) * step
+
+  __device__ int64_t offset(int64_t row, int64_t column, int64_t width) const {
+    return origin + (row * width + column) * step;
+  }
+};
+
+// The sample point behind number k of the crops.
+template <class T>
+__device__ Sample<T> find_sample(const Shape& shape, const T* boxes, const int64_t* box_index,
+                                 int64_t k) {
+  int64_t channel = k % shape.channels;
+  if (shape.channels_last) k /= shape.channels;
+  const int64_t j = k % shape.crop_width;
+  k /= shape.crop_width;
+  const int64_t i = k % shape.crop_height;
+  k /= shape.crop_height;
+  if (!shape.channels_last) {
+    channel = k % shape.channels;
+    k /= shape.channels;
+  }
+  const T* box = boxes + 4 * k;
+  const int64_t index = box_index[k], pixels = shape.height * shape.width;
+  Sample<T> sample;
+  sample.y = make_tap(box[0], box[2], i, shape.crop_height, shape.height);
+  sample.x = make_tap(box[1], box[3], j, shape.crop_width, shape.width);
+  // An index out of range cannot raise here without a synchronisation: its crop stays outside.
+  sample.inside = sample.y.inside && sample.x.inside && index >= 0 && index < shape.images;
+  sample.step = shape.channels_last ? shape.channels : 1;
+  sample.origin = index * shape.channels * pixels + channel * (shape.channels_last ? 1 : pixels);
+  return sample;
+}
+
+template <class T>
+__global__ void forward(Shape shape, int64_t count, const T* image, const T* boxes,
+                        const int64_t* box_index, T extrapolation_value, T* crops) {
+  const int64_t stride = int64_t(gridDim.x) * blockDim.x;
+  for (int64_t k = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; k < count; k += stride) {
+    const Sample<T> at = find_sample(shape, boxes, box_index, k);
+    crops[k] = !at.inside ? extrapolation_value
+                          : interpolate(at.y, at.x, [&](int64_t row, int64_t column) {
+                              return image[at.offset(row, column, shape.width)];
+                            });
+  }
+}
+
+template <class T>
+__global__ void backward(Shape shape, int64_t count, const T* grad, const T* boxes,
+                         const int64_t* box_index, T* grad_image) {
+  const int64_t stride = int64_t(gridDim.x) * blockDim.x;
+  for (int64_t k = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; k < count; k += stride) {
+    const Sample<T> at = find_sample(shape, boxes, box_index, k);
+    if (!at.inside) continue;
+    distribute(at.y, at.x, grad[k], [&](int64_t row, int64_t column, T value) {
+      atomicAdd(grad_image + at.offset(row, column, shape.width), value);
+    });
+  }
+}
+
+}  // namespace
+
+template <class T>
+cudaError_t crop_forward(const Shape& shape, const T* image, const T* boxes,
+                         const int64_t* box_index, T extrapolation_value, T* crops,
+                         cudaStream_t stream) {
+  LAUNCH(forward<T>, count_blocks(shape), kThreads, stream, shape, count_values(shape), image,
+         boxes, box_index, extrapolation_value, crops);
+  return cudaGetLastError();
+}
+
+template <class T>
+cudaError_t crop_backward(const Shape& shape, const T* grad, const T* boxes,
+                          const int64_t* box_index, T* grad_image, cudaStream_t stream) {
+  LAUNCH(backward<T>, count_blocks(shape), kThreads, stream, shape, count_values(shape), grad,
+         boxes, box_index, grad_image);
+  return cudaGetLastError();
+}
+
+template cudaError_t crop_forward(const Shape&, const float*, const float*, const int64_t*, float,
+                                  float*, cudaStream_t);
+template cudaError_t crop_forward(const Shape&, const double*, const double*, const int64_t*,
+                                  double, double*, cudaStream_t);
+template cudaError_t crop_backward(const Shape&, const float*, const float*, const int64_t*,
+                                   float*, cudaStream_t);
+template cudaError_t crop_backward(const Shape&, const double*, const double*, const int64_t*,
+                                   double*, cudaStream_t);
+
+}  // namespace roialign

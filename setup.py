@@ -1,0 +1,118 @@
+"""Builds the operators of nms/ and roialign/: C++ for the CPU, and CUDA where nvcc is there.
+
+    pip install -e . --no-build-isolation
+
+WITH_CUDA=0 leaves CUDA out and TORCH_CUDA_ARCH_LIST chooses its architectures. What cannot be built
+is left out with a warning, and the plain torch kernels take over.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from setuptools import Extension, setup
+
+MODULES = "coco config dataset demo model training utils visualize weights".split()
+PACKAGES = ["nms", "roialign"]
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+
+
+def find_cuda() -> Path | None:
+    """The CUDA toolkit; the nvcc on the PATH may be a wrapper script outside of it."""
+    if os.environ.get("WITH_CUDA") == "0":
+        return None
+    if home := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        return Path(home)
+    homes = [Path(nvcc).resolve().parents[1] for nvcc in [shutil.which("nvcc")] if nvcc]
+    homes.append(Path("/usr/local/cuda"))
+    return next((home for home in homes if (home / "bin" / "nvcc.profile").is_file()), None)
+
+
+def architecture_flags(cuda: Path) -> list[str]:
+    """Code for every architecture that this nvcc knows, and PTX of the last for later ones."""
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return []  # torch turns it into flags
+    command = [cuda / "bin" / "nvcc", "--list-gpu-arch"]
+    known = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    codes = [code for code in ARCHITECTURES if f"compute_{code}" in known]
+    flags = [f"-gencode=arch=compute_{code},code=sm_{code}" for code in codes]
+    return [*flags, f"-gencode=arch=compute_{codes[-1]},code=compute_{codes[-1]}"]
+
+
+def warn(what: str, error: Exception) -> None:
+    warnings.warn(
+        f"{what} ({error}); once that is solved, `pip install -e . --no-build-isolation` builds it",
+        stacklevel=2,
+    )
+
+
+def operators() -> dict[str, Any]:
+    """The arguments of setup() that build the operators with the installed torch."""
+    cuda = find_cuda()
+    if cuda:
+        os.environ["CUDA_HOME"] = str(cuda)  # read by the import below
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except (ImportError, OSError) as error:
+        warn("nms and roialign are not compiled: torch cannot be imported", error)
+        return {}
+    if torch.version.cuda is None:
+        cuda = None
+
+    # No fused multiply-add: TensorFlow's arithmetic, and the same bits on every device.
+    cxx = ["/O2"] if os.name == "nt" else ["-O3", "-g0", "-ffp-contract=off"]
+    if sys.platform == "linux" and torch.backends.openmp.is_available():
+        cxx.append("-fopenmp")
+    nvcc = ["-O3", "-fmad=false", "--threads=2", *architecture_flags(cuda)] if cuda else []
+
+    def extension(package: str) -> Extension:
+        folder = Path(package, "csrc")
+        make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
+        return make(
+            f"{package}._C",
+            sorted(str(path) for path in folder.glob("*.c*") if cuda or path.suffix == ".cpp"),
+            depends=sorted(str(path) for path in folder.iterdir()),
+            define_macros=[("WITH_CUDA", None)] if cuda else [],
+            extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+            # A library of another torch shall fail to load, not fail in a call.
+            extra_link_args=["-Wl,-z,now"] if sys.platform == "linux" else [],
+            py_limited_api=True,  # one library for every Python: there is none in it
+        )
+
+    class BuildOperators(cpp_extension.BuildExtension):
+        """Builds with CUDA, else without, else nothing: the install itself does not fail."""
+
+        def run(self) -> None:
+            compiler = self.compiler
+            try:
+                return super().run()
+            except Exception as error:
+                warn(f"nms and roialign are not compiled{' for CUDA' * bool(cuda)}", error)
+            if cuda:
+                for ext in self.extensions:
+                    ext.sources = [name for name in ext.sources if name.endswith(".cpp")]
+                    ext.libraries = [name for name in ext.libraries if "cuda" not in name]
+                    ext.define_macros = []
+                self.compiler = compiler
+                try:
+                    return super().run()
+                except Exception as error:
+                    warn("nms and roialign are not compiled", error)
+            self.extensions = []
+
+    return {
+        "ext_modules": [extension(package) for package in PACKAGES],
+        "cmdclass": {"build_ext": BuildOperators.with_options(no_python_abi_suffix=True)},
+    }
+
+
+setup(
+    packages=PACKAGES,
+    py_modules=[name for name in MODULES if Path(f"{name}.py").is_file()],
+    **operators(),
+)

@@ -1,0 +1,50 @@
+"""What several test files share: the reference's numbers, its weights, and quiet plotting."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from keras_weights import write_h5
+
+os.environ.setdefault("MPLBACKEND", "agg")
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+needs_shared = pytest.mark.skipif(
+    not SHARED.is_dir(), reason="the reference data folder ../shared is not there"
+)
+
+
+class Golden:
+    """Arrays of the Keras reference: ../shared/golden where it is, else the part in tests/data.
+
+    Looking up an array that is in neither skips the calling test.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        folders = (SHARED / "golden", ROOT / "tests" / "data")
+        self.files = [np.load(folder / name) for folder in folders if (folder / name).is_file()]
+
+    def __contains__(self, key: str) -> bool:
+        return any(key in file for file in self.files)
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        for file in self.files:
+            if key in file:
+                return file[key]
+        pytest.skip(f"{key} of the reference file {self.name} is not there")
+
+
+def load_golden(name: str) -> Golden:
+    """One of the reference's files, e.g. "training_side.npz"."""
+    return Golden(name)
+
+
+@pytest.fixture(scope="session")
+def small_h5(tmp_path_factory):
+    """The deterministic weights of the small configuration as a Keras .h5."""
+    path = tmp_path_factory.mktemp("weights") / "small.h5"
+    write_h5("small", path)
+    return path

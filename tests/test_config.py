@@ -1,0 +1,92 @@
+import numpy as np
+import pytest
+
+import coco
+from config import Config
+
+
+def test_derived_values():
+    assert Config(IMAGES_PER_GPU=3, GPU_COUNT=2).BATCH_SIZE == 6
+    assert Config(IMAGES_PER_GPU=3, GPU_COUNT=0).BATCH_SIZE == 3
+    assert Config().IMAGE_SHAPE == (1024, 1024, 3)
+    assert Config(IMAGE_RESIZE_MODE="crop", IMAGE_MIN_DIM=512).IMAGE_SHAPE == (512, 512, 3)
+    with pytest.raises(ValueError, match="IMAGE_RESIZE_MODE is 'pad64'"):
+        _ = Config(IMAGE_RESIZE_MODE="pad64").IMAGE_SHAPE
+    shapes = [(80, 120), (40, 60), (20, 30), (10, 15), (5, 8)]
+    assert Config().backbone_shapes((320, 480, 3)) == shapes
+
+
+def test_a_callable_option_of_a_class_is_called_without_self():
+    class OwnConfig(Config):
+        def COMPUTE_BACKBONE_SHAPE(image_shape):
+            return np.full((5, 2), image_shape[0])
+
+    assert OwnConfig().backbone_shapes((64, 32)) == [(64, 64)] * 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"IMAGE_MAX_DIM": 1000}, "IMAGE_MAX_DIM must be a multiple of 64 .* use 960 or 1024"),
+        ({"IMAGE_RESIZE_MODE": "crop", "IMAGE_MIN_DIM": None}, "IMAGE_MIN_DIM must be a multiple"),
+        ({"IMAGE_RESIZE_MODE": "pad"}, "one of none, square, pad64, crop, got 'pad'"),
+        ({"IMAGE_MIN_DIM": 1100}, "IMAGE_MIN_DIM must not exceed IMAGE_MAX_DIM, got 1100 and 1024"),
+        ({"IMAGE_CHANNEL_COUNT": 4}, "MEAN_PIXEL must have one number per channel.*got 3 numbers"),
+        ({"BACKBONE": "resnet18"}, "BACKBONE must be 'resnet50'.*got 'resnet18'"),
+        ({"BACKBONE": {"blocks": (1, 1)}}, "BACKBONE as a dict must be"),
+        ({"BACKBONE_STYLE": "caffe"}, "BACKBONE_STYLE must be .*got 'caffe'"),
+        ({"RPN_ANCHOR_SCALES": (32, 64)}, "five numbers each.*got 5 and 2"),
+        ({"RPN_ANCHOR_RATIOS": ()}, "RPN_ANCHOR_RATIOS must be"),
+        ({"MASK_SHAPE": (56, 56)}, r"twice MASK_POOL_SIZE, \(28, 28\), got \(56, 56\)"),
+        ({"NUM_CLASSES": 0}, "NUM_CLASSES must be a whole number from 1, got 0"),
+        ({"NUM_CLASSES": "81"}, "NUM_CLASSES must be a whole number from 1, got '81'"),
+        ({"DETECTION_MIN_CONFIDENCE": 70}, "DETECTION_MIN_CONFIDENCE must be in 0..1, got 70"),
+        ({"DETECTION_NMS_THRESHOLD": "0.3"}, "DETECTION_NMS_THRESHOLD must be in 0..1, got '0.3'"),
+        ({"LEARNING_RATE": 0}, "LEARNING_RATE must be above 0"),
+        ({"BBOX_STD_DEV": (0.1, 0.1)}, "BBOX_STD_DEV must be four numbers above 0"),
+        ({"LOSS_WEIGHTS": {"rpn_class_loss": 1}}, "LOSS_WEIGHTS must be a dict of weights"),
+    ],
+)
+def test_contradictions_are_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**options).validate()
+
+
+def test_misspelt_options_are_refused():
+    with pytest.raises(TypeError, match="NUM_CLASS is no option.*did you mean NUM_CLASSES?"):
+        Config(NUM_CLASS=3)
+
+    class Misspelt(Config):
+        DETECTION_MIN_CONFIDENC = 0.5
+
+    with pytest.raises(ValueError, match="did you mean DETECTION_MIN_CONFIDENCE?"):
+        Misspelt().validate()
+
+    class Extended(Config):
+        CELL_STAIN = "DAPI"
+
+    Extended().validate()
+    assert Extended().to_dict()["CELL_STAIN"] == "DAPI"
+
+
+def test_options_of_one_config_do_not_reach_another():
+    changed = Config(NUM_CLASSES=7)
+    assert (changed.NUM_CLASSES, Config().NUM_CLASSES) == (7, 1)
+
+
+def test_display_prints_each_option_once(capsys):
+    coco.CocoConfig().display()
+    lines = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line]
+    assert lines[0] == "Configurations:"
+    assert lines[1:] == sorted(coco.CocoConfig().to_dict())
+    assert "NUM_CLASSES" in lines
+
+
+def test_the_defaults_are_the_references():
+    config = Config()
+    config.validate()
+    assert config.RPN_ANCHOR_SCALES == (32, 64, 128, 256, 512)
+    assert config.PRE_NMS_LIMIT == 6000
+    assert config.DETECTION_NMS_THRESHOLD == 0.3
+    assert config.MEAN_PIXEL == (123.7, 116.8, 103.9)
+    assert (config.TRAIN_ROIS_PER_IMAGE, config.ROI_POSITIVE_RATIO) == (200, 0.33)

@@ -1,0 +1,870 @@
+"""utils against the Keras reference's numbers, and against scikit-image, scipy, pycocotools and
+naive loops where the reference data is not there."""
+
+import copy
+import hashlib
+import logging
+import math
+import pickle
+import random
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import scipy.ndimage
+import torch
+import torchvision
+from conftest import SHARED, load_golden
+from PIL import Image
+from pycocotools import mask as coco_mask
+from skimage.transform import resize as skimage_resize
+
+import utils
+
+GOLDEN = "training_side.npz"
+CUDA = pytest.param(
+    "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+)
+
+
+@pytest.fixture
+def golden():
+    return load_golden(GOLDEN)
+
+
+@pytest.fixture
+def inputs(golden, monkeypatch):
+    monkeypatch.syspath_prepend(str(SHARED / "golden"))
+    import inputs
+
+    yield inputs
+    del sys.modules["inputs"]
+
+
+def unpack(packed, shape):
+    return np.unpackbits(packed)[: math.prod(shape)].reshape(shape).astype(bool)
+
+
+def random_boxes(rng, count, size=100):
+    corners = np.sort(rng.integers(0, size, (count, 2, 2)), axis=1)
+    return corners.reshape(count, 4) + np.array([0, 0, 1, 1])  # at least one pixel
+
+
+def filled(boxes, height=64, width=64):
+    masks = np.zeros((height, width, len(boxes)), dtype=bool)
+    for i, (y1, x1, y2, x2) in enumerate(boxes):
+        masks[y1:y2, x1:x2, i] = True
+    return masks
+
+
+# --- Boxes ---------------------------------------------------------------------------------------
+
+
+def test_boxes_match_reference(golden):
+    box, gt_box = golden["box_refinement/box"], golden["box_refinement/gt"]
+    deltas = utils.box_refinement(box, gt_box)
+    np.testing.assert_allclose(deltas, golden["box_refinement/out"], rtol=1e-6, atol=1e-7)
+    moved = utils.apply_box_deltas(box, golden["apply_box_deltas/deltas"])
+    np.testing.assert_allclose(moved, golden["apply_box_deltas/out"], rtol=1e-6, atol=1e-4)
+    unit = utils.norm_boxes(box, (200, 300))
+    np.testing.assert_array_equal(unit, golden["norm_boxes/out"])
+    np.testing.assert_array_equal(utils.denorm_boxes(unit, (200, 300)), golden["denorm_boxes/out"])
+    pixels = utils.denorm_boxes(golden["denorm_boxes/in2"], (427, 640))
+    np.testing.assert_array_equal(pixels, golden["denorm_boxes/out2"])
+    assert deltas.dtype == moved.dtype == unit.dtype == np.float32
+    assert pixels.dtype == np.int32
+
+
+def test_overlaps_match_reference(golden):
+    boxes1, boxes2 = golden["overlaps/boxes1"], golden["overlaps/boxes2"]
+    np.testing.assert_array_equal(utils.compute_overlaps(boxes1, boxes2), golden["overlaps/iou"])
+    graph = utils.compute_overlaps(boxes1.astype(np.float32), boxes2.astype(np.float32))
+    np.testing.assert_array_equal(graph, golden["overlaps/iou_graph"])
+    assert graph.dtype == np.float32
+
+
+def test_overlaps_of_hand_drawn_boxes():
+    boxes = np.array([[0, 0, 10, 10], [0, 5, 10, 15], [5, 5, 10, 10], [20, 20, 30, 30]])
+    expected = [
+        [1, 50 / 150, 25 / 100, 0],
+        [50 / 150, 1, 25 / 100, 0],
+        [25 / 100, 25 / 100, 1, 0],
+        [0, 0, 0, 1],
+    ]
+    np.testing.assert_array_equal(utils.compute_overlaps(boxes, boxes), expected)
+    np.testing.assert_array_equal(utils.compute_iou(boxes[1], boxes), expected[1])
+
+
+def test_overlaps_match_torchvision():
+    rng = np.random.default_rng(0)
+    boxes1, boxes2 = random_boxes(rng, 50), random_boxes(rng, 20)
+    xyxy = [torch.from_numpy(b[:, [1, 0, 3, 2]]).double() for b in (boxes1, boxes2)]
+    expected = torchvision.ops.box_iou(*xyxy).numpy()
+    np.testing.assert_allclose(utils.compute_overlaps(boxes1, boxes2), expected, rtol=1e-12)
+
+
+def test_overlaps_of_empty_and_huge_boxes():
+    boxes = np.array([[3, 3, 3, 3], [0, 0, 60000, 60000]], dtype=np.int32)  # area > 2**31
+    np.testing.assert_array_equal(utils.compute_overlaps(boxes, boxes), [[0, 0], [0, 1]])
+    assert utils.compute_overlaps(boxes, boxes[:0]).shape == (2, 0)
+    assert utils.compute_overlaps(boxes[:0], boxes).dtype == np.float64
+
+
+def test_norm_and_denorm_are_inverse():
+    boxes = random_boxes(np.random.default_rng(1), 200, 400)
+    unit = utils.norm_boxes(boxes, (401, 517, 3))
+    np.testing.assert_allclose(unit[0, 3], (boxes[0, 3] - 1) / 516, rtol=1e-6)
+    np.testing.assert_array_equal(utils.denorm_boxes(unit, (401, 517, 3)), boxes)
+    full = utils.norm_boxes(np.array([0, 0, 401, 517]), np.array([401, 517]))
+    np.testing.assert_array_equal(full, [0, 0, 1, 1])
+
+
+def test_denorm_rounds_half_to_even():
+    unit = np.array([[0.5, 1.5, 1.5, 2.5]]) / 4  # pixels 0.5, 1.5, 2.5, 3.5 of a 5 x 5 image
+    np.testing.assert_array_equal(utils.denorm_boxes(unit, (5, 5)), [[0, 2, 2, 4]])
+
+
+def test_deltas_by_hand():
+    box, gt_box = np.array([[10, 20, 30, 60]]), np.array([[15, 20, 55, 40]])
+    deltas = utils.box_refinement(box, gt_box)
+    np.testing.assert_allclose(deltas, [[0.75, -0.25, math.log(2), math.log(0.5)]], rtol=1e-6)
+    np.testing.assert_allclose(utils.apply_box_deltas(box, deltas), gt_box, rtol=1e-6)
+
+
+def test_deltas_of_batches_follow_the_order_of_operations():
+    rng = np.random.default_rng(2)
+    boxes = rng.random((2, 30, 4)).astype(np.float32)
+    deltas = rng.standard_normal((2, 30, 4)).astype(np.float32)
+    moved = utils.apply_box_deltas(torch.from_numpy(boxes), torch.from_numpy(deltas)).numpy()
+    half = np.float32(0.5)
+    for axis in (0, 1):
+        size = boxes[..., axis + 2] - boxes[..., axis]
+        center = (boxes[..., axis] + half * size) + deltas[..., axis] * size
+        size = size * torch.from_numpy(deltas[..., axis + 2]).exp().numpy()
+        start = center - half * size
+        np.testing.assert_array_equal(moved[..., axis], start)
+        np.testing.assert_array_equal(moved[..., axis + 2], start + size)
+
+
+def test_clip_boxes():
+    boxes = torch.tensor([[[-1.0, 0.2, 2.0, 0.9]], [[0.3, -5.0, 0.4, 7.0]]])
+    clipped = utils.clip_boxes(boxes, (0.0, 0.0, 1.0, 1.0))
+    assert clipped.tolist() == torch.tensor([[[0, 0.2, 1, 0.9]], [[0.3, 0, 0.4, 1]]]).tolist()
+    windows = torch.tensor([[[0.0, 0.5, 0.5, 0.75]], [[0.0, 0.0, 1.0, 1.0]]])  # one per image
+    assert utils.clip_boxes(boxes, windows)[0].tolist() == [[0.0, 0.5, 0.5, 0.75]]
+
+
+def test_clip_boxes_tames_overflow():
+    boxes = utils.apply_box_deltas(np.array([[0.2, 0.2, 0.4, 0.4]]), np.array([[0, 0, 99.0, 99.0]]))
+    assert not np.isfinite(boxes).any()
+    np.testing.assert_array_equal(utils.clip_boxes(boxes, (0, 0, 1, 1)), [[0, 0, 1, 1]])
+
+
+def test_facade_keeps_the_kind():
+    array = np.array([[1, 2, 3, 4]], dtype=np.float32)
+    array.flags.writeable = False
+    tensor = torch.tensor([[1.0, 2.0, 3.0, 5.0]])
+    assert isinstance(utils.compute_overlaps(array, array[:, ::-1]), np.ndarray)
+    assert isinstance(utils.compute_overlaps(tensor, tensor), torch.Tensor)
+    mixed = utils.compute_overlaps(boxes1=array, boxes2=tensor)
+    assert isinstance(mixed, torch.Tensor)
+    assert mixed.item() == pytest.approx(4 / 6)
+    assert utils.norm_boxes.__doc__
+
+
+@pytest.mark.parametrize("device", [CUDA])
+def test_device_matches_cpu(device):
+    rng = np.random.default_rng(3)
+    boxes = torch.from_numpy(random_boxes(rng, 50)).float()
+    overlaps = utils.compute_overlaps(boxes.to(device), boxes.numpy())
+    assert overlaps.device.type == device
+    torch.testing.assert_close(overlaps.cpu(), utils.compute_overlaps(boxes, boxes))
+    mask = torch.from_numpy(rng.random((28, 28))).float()
+    pasted = utils.paste_mask(mask.to(device), 90, 57)
+    assert (pasted.cpu() == utils.paste_mask(mask, 90, 57)).all()
+
+
+# --- Anchors -------------------------------------------------------------------------------------
+
+PYRAMIDS = {
+    "256": ((8, 16, 32, 64, 128), (256, 256)),
+    "256b": ((16, 32, 64, 128, 256), (256, 256)),
+    "320x448": ((32, 64, 128, 256, 512), (320, 448)),
+    "1024": ((32, 64, 128, 256, 512), (1024, 1024)),
+}
+
+
+@pytest.mark.parametrize("name", PYRAMIDS)
+def test_anchors_match_reference(golden, name):
+    scales, shape = PYRAMIDS[name]
+    feature_shapes = golden[f"anchors/{name}/backbone_shapes"]
+    anchors = utils.generate_pyramid_anchors(
+        scales, (0.5, 1, 2), feature_shapes, (4, 8, 16, 32, 64), 1
+    )
+    index = golden[f"anchors/{name}/idx"]
+    np.testing.assert_array_equal(anchors[index], golden[f"anchors/{name}/boxes_px_at_idx"])
+    unit = utils.norm_boxes(anchors, shape)
+    np.testing.assert_array_equal(unit[index], golden[f"anchors/{name}/boxes_norm_at_idx"])
+    for array, key in ((anchors, "sha256_px_f64"), (unit, "sha256_norm_f32")):
+        assert hashlib.sha256(array.tobytes()).hexdigest() == golden[f"anchors/{name}/{key}"]
+
+
+def test_anchors_with_stride_match_reference(golden):
+    shapes = golden["anchors/256/backbone_shapes"]
+    anchors = utils.generate_pyramid_anchors(
+        (32, 64, 128, 256, 512), (0.5, 1, 2), shapes, (4, 8, 16, 32, 64), 2
+    )
+    np.testing.assert_array_equal(anchors, golden["anchors/256_stride2/boxes_px"])
+
+
+def test_anchors_match_naive_loops():
+    expected = [
+        (y - s / r**0.5 / 2, x - s * r**0.5 / 2, y + s / r**0.5 / 2, x + s * r**0.5 / 2)
+        for y in (0, 32, 64)
+        for x in (0, 32)
+        for r in (0.5, 1, 2)
+        for s in (10, 20)
+    ]
+    anchors = utils.generate_anchors((10, 20), (0.5, 1, 2), (5, 4), 16, 2)
+    np.testing.assert_allclose(anchors, expected, rtol=1e-14)
+
+
+def test_pyramid_needs_one_scale_per_level():
+    with pytest.raises(ValueError, match="zip"):
+        utils.generate_pyramid_anchors((8, 16), (1,), [(4, 4)], [4], 1)
+
+
+# --- Images --------------------------------------------------------------------------------------
+
+
+def test_as_uint8_image_keeps_what_is_right():
+    image = np.zeros((4, 5, 3), dtype=np.uint8)
+    assert utils.as_uint8_image(image) is image
+    six = np.zeros((4, 5, 6), dtype=np.uint8)
+    assert utils.as_uint8_image(six, 6) is six
+
+
+@pytest.mark.parametrize(
+    ("pixels", "expected"),
+    [
+        (np.array([False, True]), [0, 255]),
+        (np.array([0, 128, 129, 385, 386, 65535], np.uint16), [0, 0, 1, 1, 2, 255]),
+        (np.array([0, 128, 129, 65535], ">u2"), [0, 0, 1, 255]),
+        (np.array([0, 0.2, 0.001, 0.00197, 1], np.float32), [0, 51, 0, 1, 255]),
+        (np.array([0, 0.5, 1], np.float16), [0, 128, 255]),
+        (np.array([0, 7, 255], np.int64), [0, 7, 255]),
+        (np.array([3, 200], np.int32), [3, 200]),
+    ],
+)
+def test_as_uint8_image_converts_values(pixels, expected):
+    image = utils.as_uint8_image(pixels[None])
+    assert image.dtype == np.uint8
+    np.testing.assert_array_equal(image, np.repeat(np.array(expected)[None, :, None], 3, axis=2))
+
+
+def test_as_uint8_image_scales_uint16_with_rounding():
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    expected = np.rint(values.astype(np.float64) * 255 / 65535)
+    np.testing.assert_array_equal(utils.as_uint8_image(values[:, :, None], 1)[:, :, 0], expected)
+
+
+def test_as_uint8_image_drops_alpha():
+    rgba = np.random.default_rng(0).integers(0, 256, (4, 5, 4)).astype(np.uint8)
+    image = utils.as_uint8_image(rgba)
+    np.testing.assert_array_equal(image, rgba[:, :, :3])
+    assert image.flags.c_contiguous
+    assert utils.as_uint8_image(rgba, 4) is rgba
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        (np.full((2, 2, 3), 1.5), ValueError, r"0\.\.1, got 1\.5\.\.1\.5; .*uint8"),
+        (np.full((2, 2, 3), -0.1), ValueError, r"got -0\.1"),
+        (np.full((2, 2, 3), np.nan), ValueError, "got nan"),
+        (np.full((2, 2, 3), np.inf), ValueError, r"\.\.inf"),
+        (np.full((2, 2, 3), 256), ValueError, r"0\.\.255, got 256"),
+        (np.full((2, 2, 3), -1), ValueError, "got -1"),
+        (np.zeros((2, 2, 5), np.uint8), ValueError, r"3 channels .*\(2, 2, 5\); reorder"),
+        (np.zeros((3, 20, 30), np.uint8), ValueError, r"got shape \(3, 20, 30\)"),
+        (np.zeros((1, 2, 2, 3), np.uint8), ValueError, "list of images"),
+        (np.zeros((0, 2, 3), np.uint8), ValueError, "non-empty"),
+        (np.zeros((2, 2, 3), object), TypeError, "got dtype object"),
+        (np.zeros((2, 2, 3), complex), TypeError, "got dtype complex"),
+        (torch.zeros(3, 2, 2), TypeError, r"got torch\.Tensor; use \.permute"),
+        ([[1, 2]], TypeError, r"got builtins\.list; use np\.asarray"),
+    ],
+)
+def test_as_uint8_image_refuses(image, error, message):
+    with pytest.raises(error, match=message) as raised:
+        utils.as_uint8_image(image)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_as_uint8_image_wants_exact_other_channels(channels):
+    with pytest.raises(ValueError, match=r"2 channels"):
+        utils.as_uint8_image(np.zeros((2, 2, channels), np.uint8), 2)
+
+
+RGB = np.random.default_rng(5).integers(0, 256, (12, 17, 3)).astype(np.uint8)
+GRAY = np.arange(12 * 17, dtype=np.uint8).reshape(12, 17)
+
+
+def picture_of(mode):
+    if mode in ("RGB", "RGBA", "P", "CMYK"):
+        return Image.fromarray(RGB // 64 * 64).convert(mode)
+    if mode == "LA":
+        return Image.merge("LA", [Image.fromarray(GRAY), Image.fromarray(255 - GRAY)])
+    if mode == "1":
+        return Image.fromarray(GRAY > 100)
+    scale = {"L": 1, "I;16": 257, "I": 257, "F": np.float32(1 / 255)}[mode]
+    dtype = {"L": np.uint8, "I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+    return Image.fromarray(GRAY.astype(dtype) * dtype(scale))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK", "L", "LA", "1", "I;16", "I", "F"])
+def test_load_image_of_every_mode(tmp_path, mode):
+    picture = picture_of(mode)
+    assert picture.mode == mode
+    path = tmp_path / ("image.png" if mode not in ("CMYK", "F", "I") else "image.tiff")
+    picture.save(path)
+    image = utils.load_image(path)
+    if mode in ("L", "LA", "I;16", "I", "F"):
+        expected = np.repeat(GRAY[:, :, None], 3, axis=2)
+    elif mode == "1":
+        expected = np.repeat((GRAY > 100)[:, :, None] * 255, 3, axis=2)
+    else:
+        expected = np.asarray(picture.convert("RGB"))
+    np.testing.assert_array_equal(image, expected)
+    assert image.dtype == np.uint8
+    if mode == "L":
+        np.testing.assert_array_equal(utils.load_image(str(path), 1)[:, :, 0], GRAY)
+
+
+def test_load_image_of_transparent_palette(tmp_path):
+    picture = picture_of("P")
+    picture.save(tmp_path / "image.png", transparency=bytes([0, 128, 255]))
+    expected = np.asarray(picture.convert("RGB"))
+    np.testing.assert_array_equal(utils.load_image(tmp_path / "image.png"), expected)
+
+
+def test_load_image_turns_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to see it upright
+    Image.fromarray(RGB).save(tmp_path / "image.png", exif=exif)
+    image = utils.load_image(tmp_path / "image.png")
+    np.testing.assert_array_equal(image, np.rot90(RGB, -1))
+
+
+def test_load_image_names_the_path(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.png does not exist"):
+        utils.load_image(tmp_path / "nothing.png")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        utils.load_image(tmp_path)
+    (tmp_path / "text.jpg").write_text("no image")
+    Image.fromarray(RGB).save(tmp_path / "whole.png")
+    whole = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
+    Image.fromarray(np.full((9, 9), 3.0, np.float32)).save(tmp_path / "range.tiff")
+    for name in ("text.jpg", "half.png", "range.tiff"):
+        with pytest.raises(ValueError, match=rf"{name} cannot be used") as raised:
+            utils.load_image(tmp_path / name)
+        assert "\n" not in str(raised.value)
+    with pytest.raises(ValueError, match=r"whole\.png .* 6 channels"):
+        utils.load_image(tmp_path / "whole.png", 6)
+
+
+def skimage_reference(image, shape):
+    return skimage_resize(
+        image, shape, order=1, mode="constant", anti_aliasing=False, preserve_range=True
+    )
+
+
+@pytest.mark.parametrize("trailing", [(), (1,), (3,)])
+def test_resize_equals_skimage(trailing):
+    rng = np.random.default_rng(6)
+    for _ in range(60):
+        shape, new_shape = rng.integers(1, 60, 2), tuple(rng.integers(1, 60, 2))
+        image = rng.integers(0, 256, (*shape, *trailing)).astype(np.uint8)
+        resized, expected = utils.resize(image, new_shape), skimage_reference(image, new_shape)
+        assert resized.dtype == np.float64
+        np.testing.assert_allclose(resized, expected, rtol=0, atol=1e-9)
+
+
+def test_resize_equals_skimage_for_other_dtypes():
+    rng = np.random.default_rng(7)
+    for image in (rng.random((9, 14)) > 0.5, rng.standard_normal((9, 14, 2))):
+        expected = skimage_reference(image.astype(np.float64), (21, 6))
+        np.testing.assert_allclose(utils.resize(image, (21, 6)), expected, rtol=0, atol=1e-12)
+
+
+def test_resize_by_hand():
+    # 0 beyond the border, but never below the image's least value.
+    np.testing.assert_array_equal(utils.resize(np.array([[0, 8]]), (1, 4)), [[0, 2, 6, 6]])
+    np.testing.assert_array_equal(utils.resize(np.array([[4, 8]]), (1, 4)), [[4, 5, 7, 6]])
+    np.testing.assert_array_equal(utils.resize(np.full((2, 2), 9), (5, 3)), np.full((5, 3), 9))
+    assert utils.resize(np.ones((3, 4, 2)), (0, 5)).shape == (0, 5, 2)
+    assert utils.resize(np.ones((3, 4, 0)), (6, 5)).shape == (6, 5, 0)
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["square_up", "square_down", "square_noscale", "pad64", "pad64_minscale", "none", "crop"],
+)
+def test_resize_image_matches_reference(golden, inputs, case):
+    arguments = inputs.RESIZE_CASES[case][2]
+    random.seed(5)
+    resized = utils.resize_image(inputs.resize_image_input(case), **arguments)
+    expected = {k: golden[f"resize_image/{case}/{k}"] for k in ("out", "window", "scale")}
+    np.testing.assert_array_equal(resized.image, expected["out"])
+    assert resized.image.dtype == np.uint8
+    assert resized.window == tuple(expected["window"])
+    assert resized.scale == expected["scale"]
+    np.testing.assert_array_equal(resized.padding, golden[f"resize_image/{case}/padding"])
+    crop = golden[f"resize_image/{case}/crop"].tolist()
+    assert (-1 if resized.crop is None else list(resized.crop)) == crop
+
+    mask = inputs.resize_mask_input(case)
+    mask = utils.resize_mask(mask, resized.scale, resized.padding, resized.crop)
+    packed, shape = (golden[f"resize_mask/{case}/{k}"] for k in ("out_packed", "out_shape"))
+    np.testing.assert_array_equal(mask, unpack(packed, shape))
+
+
+def test_resize_image_square():
+    image = np.full((50, 100, 3), 7, dtype=np.uint8)
+    square, window, scale, padding, crop = utils.resize_image(image, min_dim=64, max_dim=128)
+    assert (window, scale, padding, crop) == (
+        (32, 0, 96, 128),
+        1.28,
+        [(32, 32), (0, 0), (0, 0)],
+        None,
+    )
+    np.testing.assert_array_equal(square[32:96], 7)
+    assert square.sum() == 7 * 64 * 128 * 3
+
+
+def test_resize_image_of_extreme_shape_keeps_a_pixel():
+    image = np.full((1, 3000, 3), 9, dtype=np.uint8)
+    square, window, scale, padding, _ = utils.resize_image(image, max_dim=128)
+    assert window == (63, 0, 64, 128)
+    np.testing.assert_array_equal(square[63], 9)
+    mask = utils.resize_mask(np.ones((1, 3000, 1), bool), scale, padding)
+    np.testing.assert_array_equal(mask[:, :, 0], square[:, :, 0] == 9)
+
+
+def test_resize_image_crops_at_random():
+    image = np.arange(80 * 90, dtype=np.uint16).reshape(80, 90, 1)
+    seen = set()
+    rng = np.random.default_rng(8)
+    for _ in range(300):
+        cut, window, scale, _, crop = utils.resize_image(image, min_dim=64, mode="crop", rng=rng)
+        y, x, height, width = crop
+        assert (window, scale, height, width) == ((0, 0, 64, 64), 1, 64, 64)
+        np.testing.assert_array_equal(cut, image[y : y + 64, x : x + 64])
+        seen.add((y, x))
+    assert {y for y, _ in seen} == set(range(17))
+    assert {x for _, x in seen} == set(range(27))
+
+
+def test_resize_image_refuses():
+    image = np.zeros((4, 4, 3), np.uint8)
+    with pytest.raises(ValueError, match="got mode='fit'"):
+        utils.resize_image(image, max_dim=64, mode="fit")
+    with pytest.raises(ValueError, match=r"square with max_dim.*max_dim=None"):
+        utils.resize_image(image, min_dim=64)
+    with pytest.raises(ValueError, match=r"crop with min_dim.*min_dim=None"):
+        utils.resize_image(image, max_dim=64, mode="crop")
+
+
+# --- Masks ---------------------------------------------------------------------------------------
+
+
+def test_masks_match_reference(golden):
+    shape = golden["masks/shape"]
+    masks = unpack(golden["masks/masks_packed"], shape)
+    boxes = utils.extract_bboxes(masks)
+    np.testing.assert_array_equal(boxes, golden["masks/extract_bboxes"])
+    masks, boxes = masks[:, :, :5], boxes[:5]  # the last one is empty
+    overlaps = utils.compute_overlaps_masks(masks, masks)
+    np.testing.assert_allclose(overlaps, golden["masks/overlaps_masks_0to5_vs_0to5"], atol=1e-7)
+    for side in (28, 56):
+        mini_masks = utils.minimize_mask(boxes, masks, (side, side))
+        np.testing.assert_array_equal(mini_masks, golden[f"minimize_mask/{side}"])
+        expanded = utils.expand_mask(boxes, mini_masks, (60, 80, 3))
+        expected = unpack(golden[f"expand_mask/{side}_packed"], (60, 80, 5))
+        np.testing.assert_array_equal(expanded, expected)
+
+
+@pytest.mark.parametrize("kind", [("masks28", "full_packed"), ("smooth28", "smooth_full_packed")])
+def test_unmold_mask_matches_reference(golden, kind):
+    masks, expected = (golden[f"unmold_mask/{key}"] for key in kind)
+    boxes = golden["unmold_mask/boxes"]
+    full = [utils.unmold_mask(m, b, (60, 80, 3)) for m, b in zip(masks, boxes, strict=True)]
+    np.testing.assert_array_equal(np.stack(full, axis=2), unpack(expected, (60, 80, 5)))
+
+
+def test_resize_mask_equals_scipy():
+    rng = np.random.default_rng(9)
+    lost = 0
+    for _ in range(150):
+        mask = rng.integers(1, 200, (*rng.integers(1, 80, 2), 2)).astype(np.uint8)
+        scale = rng.uniform(0.5, 3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            expected = scipy.ndimage.zoom(mask, [scale, scale, 1], order=0)
+        if expected.size == 0:
+            continue
+        resized = utils.resize_mask(mask, scale, [(0, 0)] * 3)
+        # scipy zeroes a last row or column whose position rounds to just beyond the mask.
+        np.testing.assert_array_equal(np.where(expected == 0, 0, resized), expected)
+        lost += (expected == 0).any()
+        assert (resized > 0).all()
+    assert lost < 20
+
+
+def test_resize_mask_pads_and_crops():
+    mask = np.arange(6, dtype=np.uint8).reshape(2, 3, 1)
+    padded = utils.resize_mask(mask, 1, [(1, 0), (0, 2), (0, 0)])[:, :, 0]
+    np.testing.assert_array_equal(padded, [[0] * 5, [0, 1, 2, 0, 0], [3, 4, 5, 0, 0]])
+    cropped = utils.resize_mask(mask, 2, [(0, 0)] * 3, crop=(1, 2, 2, 3))
+    whole = utils.resize_mask(mask, 2, [(0, 0)] * 3)
+    np.testing.assert_array_equal(cropped, whole[1:3, 2:5])
+    assert utils.resize_mask(np.zeros((4, 5, 0), bool), 2, [(0, 0)] * 3).shape == (8, 10, 0)
+
+
+def test_extract_bboxes():
+    masks = filled([(2, 3, 5, 9), (0, 0, 1, 1), (63, 63, 64, 64), (0, 0, 64, 64), (7, 7, 7, 7)])
+    masks[10, 20, 0] = True
+    expected = [[2, 3, 11, 21], [0, 0, 1, 1], [63, 63, 64, 64], [0, 0, 64, 64], [0, 0, 0, 0]]
+    boxes = utils.extract_bboxes(masks)
+    np.testing.assert_array_equal(boxes, expected)
+    assert boxes.dtype == np.int32
+    np.testing.assert_array_equal(utils.extract_bboxes(masks.astype(np.float32) * 0.3), expected)
+    assert utils.extract_bboxes(masks[:, :, :0]).shape == (0, 4)
+    np.testing.assert_array_equal(utils.extract_bboxes(masks[:0]), np.zeros((5, 4)))
+
+
+def test_mini_masks_equal_skimage():
+    rng = np.random.default_rng(10)
+    boxes = random_boxes(rng, 8, 60)
+    masks = scipy.ndimage.gaussian_filter(rng.random((64, 64, 8)), (2, 2, 0)) > 0.5
+    mini_masks = utils.minimize_mask(boxes, masks, (28, 20))
+    assert mini_masks.any()
+    assert not mini_masks.all()
+    expanded = utils.expand_mask(boxes, mini_masks, (64, 64))
+    for i, (y1, x1, y2, x2) in enumerate(boxes):
+        part = masks[y1:y2, x1:x2, i].astype(np.float64)
+        mini = np.around(skimage_reference(part, (28, 20))).astype(bool)
+        np.testing.assert_array_equal(mini_masks[:, :, i], mini)
+        full = np.zeros((64, 64), bool)
+        back = skimage_reference(mini.astype(np.float64), (y2 - y1, x2 - x1))
+        full[y1:y2, x1:x2] = np.around(back).astype(bool)
+        np.testing.assert_array_equal(expanded[:, :, i], full)
+
+
+def test_minimize_mask_refuses_a_box_without_area():
+    boxes = np.array([[0, 0, 2, 2], [5, 5, 5, 9]])
+    with pytest.raises(ValueError, match=r"got \[5, 5, 5, 9\] for instance 1; drop"):
+        utils.minimize_mask(boxes, np.ones((9, 9, 2), bool), (4, 4))
+
+
+def test_expand_mask_without_instances_or_area():
+    mini_masks = np.ones((28, 28, 2), bool)
+    boxes = np.array([[3, 3, 3, 9], [0, 0, 2, 2]])
+    areas = utils.expand_mask(boxes, mini_masks, (20, 30, 3)).sum(axis=(0, 1))
+    assert areas.tolist() == [0, 4]
+    assert utils.expand_mask(boxes[:0], mini_masks[:, :, :0], (20, 30)).shape == (20, 30, 0)
+
+
+@pytest.mark.parametrize("low", [0.0, 0.3, 0.5])
+def test_paste_mask_equals_skimage(low):
+    rng = np.random.default_rng(11)
+    for _ in range(40):
+        mask = (low + (1 - low) * rng.random((28, 28))).astype(np.float32)
+        height, width = (int(n) for n in rng.integers(1, 150, 2))
+        expected = skimage_reference(mask, (height, width)) >= 0.5
+        pasted = utils.paste_mask(torch.from_numpy(mask), height, width)
+        assert pasted.dtype == torch.bool
+        np.testing.assert_array_equal(pasted.numpy(), expected)
+
+
+def test_paste_mask_by_hand():
+    mask = torch.tensor([[0.0, 1.0]])
+    assert utils.paste_mask(mask, 1, 2).tolist() == [[False, True]]
+    assert utils.paste_mask(mask, 1, 3).tolist() == [[False, True, True]]  # 0.5 counts
+    assert utils.paste_mask(mask, 3, 1).tolist() == [[False], [True], [False]]  # 1/3, 1/2, 1/3
+    assert utils.paste_mask(torch.full((28, 28), 0.5), 101, 67).all()
+    assert not utils.paste_mask(torch.full((28, 28), 0.499), 101, 67).any()
+    assert utils.paste_mask(mask, 0, 4).shape == (0, 4)
+
+
+def test_unmold_mask_places_the_box():
+    full = utils.unmold_mask(np.ones((28, 28), np.float32), np.array([2, 3, 5, 9]), (10, 12, 3))
+    np.testing.assert_array_equal(full, filled([(2, 3, 5, 9)], 10, 12)[:, :, 0])
+    assert full.dtype == bool
+
+
+def test_overlaps_of_masks():
+    boxes = [(0, 0, 10, 10), (0, 5, 10, 15), (0, 0, 64, 64), (9, 9, 9, 9)]
+    masks = filled(boxes)
+    overlaps = utils.compute_overlaps_masks(masks, masks)
+    expected = utils.compute_overlaps(np.array(boxes), np.array(boxes))
+    np.testing.assert_array_equal(overlaps, expected)  # two empty masks: 0, not NaN
+    rng = np.random.default_rng(12)
+    masks1, masks2 = rng.random((150, 30, 3)), rng.random((150, 30, 2)).astype(np.float32)
+    expected = [
+        [((a > 0.5) & (b > 0.5)).sum() / ((a > 0.5) | (b > 0.5)).sum() for b in masks2.T]
+        for a in masks1.T
+    ]
+    np.testing.assert_allclose(utils.compute_overlaps_masks(masks1, masks2), expected, rtol=1e-14)
+    assert utils.compute_overlaps_masks(masks1, masks2[:, :, :0]).shape == (3, 0)
+    assert utils.compute_overlaps_masks(masks1[:0], masks2[:0]).tolist() == [[0, 0]] * 3
+
+
+# --- Run-length encoding -------------------------------------------------------------------------
+
+
+def coco_encode(mask):
+    return coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
+
+
+def rle_masks():
+    rng = np.random.default_rng(13)
+    masks = [rng.random(tuple(rng.integers(1, 40, 2))) < rng.random() for _ in range(150)]
+    masks += [np.zeros((7, 9), bool), np.ones((7, 9), bool), np.ones((1, 1), bool)]
+    masks += [rng.random((1, 50)) > 0.5, rng.random((50, 1)) > 0.5]
+    masks += [filled([(y, x, y + 1, x + 1)], 5, 6)[:, :, 0] for y in (0, 4) for x in (0, 5)]
+    masks += [scipy.ndimage.gaussian_filter(rng.random((300, 400)), 9) > 0.5]
+    return masks
+
+
+def test_rle_equals_pycocotools():
+    for mask in rle_masks():
+        rle = utils.rle_encode(mask)
+        assert rle == {"size": list(mask.shape), "counts": coco_encode(mask)}
+        assert all(type(n) is int for n in rle["size"])
+        decoded = utils.rle_decode(rle)
+        assert decoded.dtype == bool
+        np.testing.assert_array_equal(decoded, mask)
+        as_bytes = {"size": rle["size"], "counts": rle["counts"].encode()}
+        np.testing.assert_array_equal(utils.rle_decode(as_bytes), mask)
+
+
+def test_rle_of_a_large_image():
+    mask = np.zeros((6000, 4000), dtype=bool)
+    mask[3000:3100, 200:260] = True
+    mask[-1, -1] = True
+    rle = utils.rle_encode(mask)
+    assert rle["counts"] == coco_encode(mask)
+    np.testing.assert_array_equal(utils.rle_decode(rle), mask)
+    # 6000 rows: the box alone, which must not cost the whole image.
+    piece = utils.rle_encode(np.ones((100, 60), np.uint8), (3000, 200, 3100, 260), (6000, 4000, 3))
+    mask[-1, -1] = False
+    assert piece == utils.rle_encode(mask)
+
+
+def test_rle_in_a_box():
+    rng = np.random.default_rng(14)
+    for _ in range(150):
+        height, width = (int(n) for n in rng.integers(1, 12, 2))
+        y1, y2 = sorted(rng.integers(0, height + 1, 2).tolist())
+        x1, x2 = sorted(rng.integers(0, width + 1, 2).tolist())
+        piece = rng.random((y2 - y1, x2 - x1)) < 0.7
+        mask = np.zeros((height, width), bool)
+        mask[y1:y2, x1:x2] = piece
+        rle = utils.rle_encode(piece, np.array([y1, x1, y2, x2]), (height, width))
+        assert rle == {"size": [height, width], "counts": coco_encode(mask)}
+
+
+def test_rle_decode_of_counts():
+    mask = utils.rle_decode({"size": [2, 3], "counts": [1, 2, 2, 1]})
+    np.testing.assert_array_equal(mask, [[0, 1, 0], [1, 0, 1]])
+    assert utils.rle_decode({"size": [0, 5], "counts": []}).shape == (0, 5)
+
+
+def test_rle_refuses():
+    good = utils.rle_encode(np.eye(9, dtype=bool))
+    for counts in ("", good["counts"][:-1], good["counts"] + "1", "~~", "\x7f", b"\xff" * 3):
+        with pytest.raises(ValueError, match="run lengths must"):
+            utils.rle_decode({"size": [9, 9], "counts": counts})
+    for counts in ([80], [90, -9], "P" * 20 + "0"):
+        with pytest.raises(ValueError, match="run lengths must"):
+            utils.rle_decode({"size": [9, 9], "counts": counts})
+    with pytest.raises(ValueError, match="must fill its box"):
+        utils.rle_encode(np.ones((3, 3), bool), (0, 0, 3, 4), (9, 9))
+    with pytest.raises(ValueError, match="clip the box"):
+        utils.rle_encode(np.ones((3, 3), bool), (8, 0, 11, 3), (9, 9))
+    with pytest.raises(ValueError, match="image's size"):
+        utils.rle_encode(np.ones((3, 3), bool), (0, 0, 3, 3))
+    with pytest.raises(ValueError, match="one at a time"):
+        utils.rle_encode(np.ones((3, 3, 2), bool))
+
+
+# --- Dataset -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    Image.fromarray(np.dstack([RGB, RGB[:, :, 0]])).save(tmp_path / "a.png")
+    dataset = utils.Dataset()
+    dataset.add_class("shapes", 1, "square")
+    dataset.add_class("shapes", 7, "circle, round")
+    dataset.add_class("coco", 1, "person")
+    dataset.add_class("shapes", 1, "square")
+    dataset.add_image("shapes", "a", tmp_path / "a.png", license="free")
+    dataset.add_image("coco", 139, tmp_path / "none.png")
+    return dataset
+
+
+def test_dataset_numbers_classes_and_images(dataset):
+    dataset.prepare()
+    assert dataset.num_classes == 4
+    assert dataset.class_names == ["BG", "square", "circle", "person"]
+    assert dataset.class_ids.tolist() == [0, 1, 2, 3]
+    assert (dataset.num_images, dataset.image_ids.tolist()) == (2, [0, 1])
+    assert dataset.sources == ["", "shapes", "coco"]
+    assert dataset.source_class_ids == {"": [0], "shapes": [0, 1, 2], "coco": [0, 3]}
+    assert dataset.map_source_class_id("shapes.7") == 2
+    assert dataset.map_source_class_id("coco.1") == 3
+    assert dataset.map_source_image_id("coco.139") == 1
+    assert dataset.get_source_class_id(2, "shapes") == 7
+    assert dataset.image_info[0]["license"] == "free"
+    assert dataset.source_image_link(1).name == "none.png"
+    assert dataset.image_reference(0) == ""
+
+
+def test_dataset_loads_without_alpha_and_without_objects(dataset):
+    dataset.prepare()
+    np.testing.assert_array_equal(dataset.load_image(0), RGB)
+    masks, class_ids = dataset.load_mask(0)
+    assert (masks.shape, masks.dtype, class_ids.shape) == ((12, 17, 0), bool, (0,))
+    resized = utils.resize_mask(masks, 2, [(0, 8), (0, 0), (0, 0)])
+    assert resized.shape == (32, 34, 0)
+    assert utils.extract_bboxes(resized).shape == (0, 4)
+    with pytest.raises(FileNotFoundError, match=r"none\.png"):
+        dataset.load_image(1)
+
+
+def test_dataset_refuses(dataset):
+    with pytest.raises(AttributeError, match=r"'image_ids'; call prepare\(\) first"):
+        _ = dataset.image_ids
+    with pytest.raises(AttributeError, match=r"call prepare\(\) first"):
+        dataset.map_source_class_id("coco.1")
+    with pytest.raises(AttributeError, match=r"no attribute 'imageids'$"):
+        _ = dataset.imageids
+    with pytest.raises(ValueError, match="must not contain a dot"):
+        dataset.add_class("a.b", 1, "x")
+    with pytest.raises(ValueError, match=r"at least 1 .* got 0"):
+        dataset.add_class("shapes", 0, "x")
+    with pytest.raises(ValueError, match=r"one name, got 'star' after 'square'"):
+        dataset.add_class("shapes", 1, "star")
+    dataset.prepare()
+    with pytest.raises(ValueError, match=r"got 'coco\.2'"):
+        dataset.map_source_class_id("coco.2")
+    with pytest.raises(ValueError, match="of source 'coco'"):
+        dataset.get_source_class_id(1, "coco")
+    dataset.add_image("shpaes", "b", "b.png")
+    with pytest.raises(ValueError, match=r"got 'shpaes'; .* one of \['shapes', 'coco'\]"):
+        dataset.prepare()
+
+
+def test_dataset_travels_to_workers(dataset):
+    dataset.prepare()
+    for other in (pickle.loads(pickle.dumps(dataset)), copy.deepcopy(dataset)):
+        assert other.class_names == dataset.class_names
+    assert not hasattr(copy.copy(utils.Dataset()), "image_ids")
+
+
+# --- Metrics -------------------------------------------------------------------------------------
+
+
+def instances(boxes, class_ids, scores=None):
+    boxes = np.array(boxes).reshape(-1, 4)
+    class_ids = np.array(class_ids, dtype=np.int64)
+    parts = (boxes, class_ids, filled(boxes))
+    return parts if scores is None else (*parts[:2], np.array(scores, dtype=float), parts[2])
+
+
+def test_ap_matches_reference(golden):
+    gt = instances(golden["ap/gt_boxes"], golden["ap/gt_class_ids"])
+    pred = instances(golden["ap/pred_boxes"], golden["ap/pred_class_ids"], golden["ap/pred_scores"])
+    for threshold in (0.5, 0.75):
+        expected = {
+            k: golden[f"ap/{threshold}/{k}"]
+            for k in ("gt_match", "pred_match", "ap", "precisions", "recalls", "overlaps")
+        }
+        gt_match, pred_match, _ = utils.compute_matches(*gt, *pred, iou_threshold=threshold)
+        np.testing.assert_array_equal(gt_match, expected["gt_match"])
+        np.testing.assert_array_equal(pred_match, expected["pred_match"])
+        results = utils.compute_ap(*gt, *pred, iou_threshold=threshold)
+        for result, name in zip(results, ("ap", "precisions", "recalls", "overlaps"), strict=True):
+            np.testing.assert_allclose(result, expected[name], rtol=0, atol=1e-7)
+    assert utils.compute_ap_range(*gt, *pred) == pytest.approx(float(golden["ap/range"]), abs=1e-7)
+    recall, positive_ids = utils.compute_recall(pred[0], gt[0], 0.5)
+    assert recall == golden["ap/recall"]
+    np.testing.assert_array_equal(positive_ids, golden["ap/recall_ids"])
+
+
+SQUARE, RIGHT, LOW = (0, 0, 10, 10), (0, 20, 10, 30), (30, 0, 40, 10)
+
+
+def test_matches_by_hand():
+    # By falling score: a duplicate of the first object, a wrong class, a hit, a shifted hit.
+    gt = instances([SQUARE, RIGHT, LOW], [1, 2, 1])
+    pred = instances([(0, 0, 10, 8), LOW, SQUARE, RIGHT], [1, 2, 1, 2], [0.6, 0.8, 0.9, 0.7])
+    gt_match, pred_match, overlaps = utils.compute_matches(*gt, *pred)
+    assert gt_match.tolist() == [0, 2, -1]
+    assert pred_match.tolist() == [0, -1, 1, -1]
+    np.testing.assert_array_equal(overlaps, [[1, 0, 0], [0, 0, 1], [0, 1, 0], [0.8, 0, 0]])
+    ap, precisions, recalls, _ = utils.compute_ap(*gt, *pred)
+    np.testing.assert_allclose(precisions, [1, 1, 2 / 3, 2 / 3, 0.5, 0])
+    np.testing.assert_allclose(recalls, [0, 1 / 3, 1 / 3, 2 / 3, 2 / 3, 1])
+    assert ap == pytest.approx(1 / 3 + 2 / 9)
+
+
+def test_matches_follow_masks_and_classes_through_padding():
+    gt = instances([(0, 0, 0, 0), SQUARE, RIGHT], [0, 1, 2])
+    pred = instances([RIGHT, (0, 0, 0, 0), SQUARE], [2, 0, 1], [0.5, 0.9, 0.6])
+    gt_match, pred_match, _ = utils.compute_matches(*gt, *pred)
+    assert (gt_match.tolist(), pred_match.tolist()) == ([0, 1], [0, 1])
+
+
+def test_the_first_prediction_is_not_matched_twice():
+    gt, pred = instances([SQUARE], [1]), instances([SQUARE, SQUARE], [1, 1], [0.9, 0.8])
+    gt_match, pred_match, _ = utils.compute_matches(*gt, *pred)
+    assert (gt_match.tolist(), pred_match.tolist()) == ([0], [0, -1])
+
+
+def test_ap_without_objects_or_predictions():
+    some, nothing = instances([SQUARE], [1]), instances([], [])
+    found, silent = instances([SQUARE], [1], [0.9]), instances([], [], [])
+    assert utils.compute_ap(*some, *found)[0] == 1
+    assert utils.compute_ap(*some, *silent)[0] == 0
+    assert utils.compute_ap(*nothing, *found)[0] == 0
+    assert utils.compute_ap(*nothing, *silent)[0] == 1
+    _, precisions, recalls, overlaps = utils.compute_ap(*nothing, *found)
+    assert (precisions.tolist(), recalls.tolist(), overlaps.shape) == ([0, 0, 0], [0, 0, 1], (1, 0))
+
+
+def test_ap_range(caplog):
+    gt, pred = instances([SQUARE], [1]), instances([(0, 0, 10, 8)], [1], [0.9])  # IoU 0.8
+    assert utils.compute_ap_range(*gt, *pred, iou_thresholds=np.array([0.7, 0.9])) == 0.5
+    with caplog.at_level(logging.INFO):
+        utils.compute_ap_range(*gt, *pred, iou_thresholds=[0.7, 0.9], verbose=0)
+        assert not caplog.records
+        utils.compute_ap_range(*gt, *pred, iou_thresholds=[0.7, 0.9])
+    assert [r.getMessage() for r in caplog.records] == [
+        "AP @0.70: 1.000",
+        "AP @0.90: 0.000",
+        "AP @0.70-0.90: 0.500",
+    ]
+
+
+def test_recall():
+    boxes, none = np.array([SQUARE, RIGHT]), np.zeros((0, 4), dtype=int)
+    recall, positive_ids = utils.compute_recall(np.array([LOW, (0, 0, 10, 8), SQUARE]), boxes, 0.8)
+    assert (recall, positive_ids.tolist()) == (0.5, [1, 2])
+    assert utils.compute_recall(none, boxes, 0.5)[0] == 0
+    assert utils.compute_recall(boxes, none, 0.5)[0] == 1

@@ -1,0 +1,1030 @@
+"""Weight files of all formats and eras: hand-written ones, torchvision, and a local server."""
+
+import copy
+import functools
+import hashlib
+import importlib.util
+import pickle
+import re
+import subprocess
+import sys
+import threading
+import types
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, SHARED
+from torch import nn
+
+import weights
+from config import Config
+from model import MaskRCNN
+
+KEYS_FILE = Path(__file__).parent / "data" / "state_dict_keys.txt"
+
+
+@functools.cache
+def _tiny(blocks, width, classes):
+    config = Config(
+        NAME="tiny",
+        BACKBONE={"blocks": blocks, "width": width},
+        TOP_DOWN_PYRAMID_SIZE=6,
+        RPN_CHANNELS=5,
+        FPN_CLASSIF_FC_LAYERS_SIZE=10,
+        POOL_SIZE=3,
+        MASK_POOL_SIZE=4,
+        MASK_SHAPE=(8, 8),
+        NUM_CLASSES=classes,
+    )
+    return MaskRCNN(config)
+
+
+def tiny(blocks=(1, 1, 1, 1), width=4, classes=4, seed=0):
+    """A small MaskRCNN whose tensors, BatchNorm statistics included, are all random."""
+    model = copy.deepcopy(_tiny(blocks, width, classes))
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in model.state_dict().values():
+        tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.1)
+    return model
+
+
+def copy_of(model):
+    return {key: tensor.clone() for key, tensor in model.state_dict().items()}
+
+
+def assert_state(model, expected):
+    state = model.state_dict()
+    assert state.keys() == expected.keys()
+    for key in state:
+        assert torch.equal(state[key], expected[key]), key
+
+
+@pytest.fixture
+def source():
+    return tiny(seed=1)
+
+
+@pytest.fixture
+def target():
+    return tiny(seed=2)
+
+
+# The layers of a Matterport model with one block a stage, written out by hand.
+LAYERS = {
+    "conv1": "fpn.C1.0",
+    "bn_conv1": "fpn.C1.1",
+    "res2a_branch2a": "fpn.C2.0.conv1",
+    "bn2a_branch2a": "fpn.C2.0.bn1",
+    "res2a_branch2b": "fpn.C2.0.conv2",
+    "bn2a_branch2b": "fpn.C2.0.bn2",
+    "res2a_branch2c": "fpn.C2.0.conv3",
+    "bn2a_branch2c": "fpn.C2.0.bn3",
+    "res2a_branch1": "fpn.C2.0.downsample.0",
+    "bn2a_branch1": "fpn.C2.0.downsample.1",
+    "res3a_branch2a": "fpn.C3.0.conv1",
+    "bn3a_branch2a": "fpn.C3.0.bn1",
+    "res3a_branch2b": "fpn.C3.0.conv2",
+    "bn3a_branch2b": "fpn.C3.0.bn2",
+    "res3a_branch2c": "fpn.C3.0.conv3",
+    "bn3a_branch2c": "fpn.C3.0.bn3",
+    "res3a_branch1": "fpn.C3.0.downsample.0",
+    "bn3a_branch1": "fpn.C3.0.downsample.1",
+    "res4a_branch2a": "fpn.C4.0.conv1",
+    "bn4a_branch2a": "fpn.C4.0.bn1",
+    "res4a_branch2b": "fpn.C4.0.conv2",
+    "bn4a_branch2b": "fpn.C4.0.bn2",
+    "res4a_branch2c": "fpn.C4.0.conv3",
+    "bn4a_branch2c": "fpn.C4.0.bn3",
+    "res4a_branch1": "fpn.C4.0.downsample.0",
+    "bn4a_branch1": "fpn.C4.0.downsample.1",
+    "res5a_branch2a": "fpn.C5.0.conv1",
+    "bn5a_branch2a": "fpn.C5.0.bn1",
+    "res5a_branch2b": "fpn.C5.0.conv2",
+    "bn5a_branch2b": "fpn.C5.0.bn2",
+    "res5a_branch2c": "fpn.C5.0.conv3",
+    "bn5a_branch2c": "fpn.C5.0.bn3",
+    "res5a_branch1": "fpn.C5.0.downsample.0",
+    "bn5a_branch1": "fpn.C5.0.downsample.1",
+    "fpn_c5p5": "fpn.P5_conv1",
+    "fpn_p5": "fpn.P5_conv2.1",
+    "fpn_c4p4": "fpn.P4_conv1",
+    "fpn_p4": "fpn.P4_conv2.1",
+    "fpn_c3p3": "fpn.P3_conv1",
+    "fpn_p3": "fpn.P3_conv2.1",
+    "fpn_c2p2": "fpn.P2_conv1",
+    "fpn_p2": "fpn.P2_conv2.1",
+    "rpn_conv_shared": "rpn.conv_shared",
+    "rpn_class_raw": "rpn.conv_class",
+    "rpn_bbox_pred": "rpn.conv_bbox",
+    "mrcnn_class_conv1": "classifier.conv1",
+    "mrcnn_class_bn1": "classifier.bn1",
+    "mrcnn_class_conv2": "classifier.conv2",
+    "mrcnn_class_bn2": "classifier.bn2",
+    "mrcnn_class_logits": "classifier.linear_class",
+    "mrcnn_bbox_fc": "classifier.linear_bbox",
+    "mrcnn_mask_conv1": "mask.conv1",
+    "mrcnn_mask_bn1": "mask.bn1",
+    "mrcnn_mask_conv2": "mask.conv2",
+    "mrcnn_mask_bn2": "mask.bn2",
+    "mrcnn_mask_conv3": "mask.conv3",
+    "mrcnn_mask_bn3": "mask.bn3",
+    "mrcnn_mask_conv4": "mask.conv4",
+    "mrcnn_mask_bn4": "mask.bn4",
+    "mrcnn_mask_deconv": "mask.deconv",
+    "mrcnn_mask": "mask.conv5",
+}
+
+
+def keras_arrays(model, layer):
+    """[(Keras' short name, array in Keras' layout)] of a layer, in Keras' order."""
+    module = model.get_submodule(LAYERS[layer])
+    if isinstance(module, nn.BatchNorm2d):
+        names = ("gamma", "beta", "moving_mean", "moving_variance")
+        tensors = (module.weight, module.bias, module.running_mean, module.running_var)
+    else:
+        letters = {nn.Linear: "oi->io", nn.Conv2d: "oihw->hwio", nn.ConvTranspose2d: "iohw->hwoi"}
+        names = ("kernel", "bias")
+        tensors = (torch.einsum(letters[type(module)], module.weight), module.bias)
+    return [(name, tensor.detach().numpy()) for name, tensor in zip(names, tensors, strict=True)]
+
+
+OLD_NAMES = {
+    "kernel": "W",
+    "bias": "b",
+    "gamma": "gamma",
+    "beta": "beta",
+    "moving_mean": "running_mean",
+    "moving_variance": "running_std",
+}
+
+
+def write_keras(path, model, era="keras2", layers=LAYERS):
+    """A Keras file; the eras differ in groups, names and attributes, not in arrays."""
+    with h5py.File(path, "w") as file:
+        root = file
+        if era == "save":  # model.save() instead of model.save_weights()
+            root = file.create_group("model_weights")
+            optimizer = file.create_group("optimizer_weights/SGD")
+            optimizer["iterations:0"] = np.int64(7)
+            optimizer["conv1/kernel:0"] = np.full((2, 2), np.nan)
+            file.create_group("top_level_model_weights").attrs["weight_names"] = []
+        contents = {"input_image": [], "activation_1": []}
+        for layer in layers:
+            group = "rpn_model" if layer.startswith("rpn_") else layer
+            group = "mask_rcnn" if era == "multi_gpu" else group
+            for short, array in keras_arrays(model, layer):
+                name = f"{layer}/{short}:0"
+                if era == "keras1" and group == layer:
+                    name = f"{layer}_{OLD_NAMES[short]}_1:0"
+                elif era == "second_model":  # the second model of a TensorFlow 1 session
+                    name = f"{layer}_1/{short}:0"
+                elif era == "scoped":
+                    name = f"mask_rcnn/{group}/{layer}/{short}:0"
+                contents.setdefault(group, []).append((name, array))
+        root.attrs["layer_names"] = [name.encode() for name in contents]
+        for group, items in contents.items():
+            created = root.create_group(group)
+            names = [name for name, _ in items]
+            if era == "str":
+                created.attrs["weight_names"] = names
+            elif era != "bare":
+                created.attrs["weight_names"] = [name.encode() for name in names]
+            for name, array in items:
+                created[name] = array
+
+
+ERAS = ["keras2", "keras1", "save", "multi_gpu", "second_model", "scoped", "str", "bare"]
+
+
+# Keras
+
+
+@pytest.mark.parametrize("era", ERAS)
+def test_keras_files_of_all_eras_load_completely(tmp_path, source, target, era):
+    path = tmp_path / "model.h5"
+    write_keras(path, source, era)
+    report = weights.load_weights(target, path)
+    assert_state(target, source.state_dict())
+    assert report.format == "keras"
+    assert set(report.loaded) == set(target.state_dict())
+    assert not any([report.missing, report.unexpected, report.mismatched, report.zeroed])
+
+
+def test_keras_kernels_compute_what_keras_computes(tmp_path, source):
+    """The arrays of the file, in Keras' formulas, against the layers after loading."""
+    write_keras(tmp_path / "model.h5", source)
+    model = tiny(seed=3)
+    weights.load_weights(model, tmp_path / "model.h5", verbose=False)
+    rng = np.random.default_rng(0)
+    with h5py.File(tmp_path / "model.h5") as file:
+
+        def stored(layer):
+            return [np.array(file[layer][layer][name]) for name in ("kernel:0", "bias:0")]
+
+        kernel, bias = stored("mrcnn_mask_conv1")
+        x = rng.random((3, 3, 6), np.float32)  # one output pixel
+        expected = np.tensordot(x, kernel, 3) + bias  # HWIO
+        actual = F.conv2d(torch.from_numpy(x).permute(2, 0, 1)[None], model.mask.conv1.weight)
+        actual = actual.flatten() + model.mask.conv1.bias
+        np.testing.assert_allclose(actual.detach(), expected, rtol=1e-5)
+
+        kernel, bias = stored("mrcnn_class_logits")
+        x = rng.random(10, np.float32)
+        actual = model.classifier.linear_class(torch.from_numpy(x)).detach()
+        np.testing.assert_allclose(actual, x @ kernel + bias, rtol=1e-5)
+
+        kernel, bias = stored("mrcnn_mask_deconv")  # [kh, kw, out, in], stride 2
+        x = rng.random((2, 3, 6), np.float32)
+        expected = np.einsum("yxi,hwoi->yhxwo", x, kernel).reshape(4, 6, 6) + bias
+        actual = model.mask.deconv(torch.from_numpy(x).permute(2, 0, 1)[None])
+        np.testing.assert_allclose(actual[0].permute(1, 2, 0).detach(), expected, rtol=1e-5)
+
+
+def test_keras_convolutions_without_bias_get_zeros(tmp_path, source, target, capsys):
+    write_keras(tmp_path / "model.h5", source)
+    with h5py.File(tmp_path / "model.h5", "a") as file:
+        for layer in ("conv1", "res2a_branch1"):
+            del file[layer][layer]["bias:0"]
+            file[layer].attrs["weight_names"] = [f"{layer}/kernel:0".encode()]
+    report = weights.load_weights(target, tmp_path / "model.h5")
+    expected = copy_of(source)
+    expected["fpn.C1.0.bias"].zero_()
+    expected["fpn.C2.0.downsample.0.bias"].zero_()
+    assert_state(target, expected)
+    assert report.zeroed == ["fpn.C1.0.bias", "fpn.C2.0.downsample.0.bias"]
+    assert "2 zeroed: fpn.C1.0.bias, fpn.C2.0.downsample.0.bias" in capsys.readouterr().out
+
+
+def test_keras_resnet_notop_is_a_backbone_start(tmp_path, source, target, capsys):
+    backbone = [layer for layer in LAYERS if LAYERS[layer].startswith("fpn.C")]
+    write_keras(tmp_path / "notop.h5", source, "keras1", backbone)
+    before = copy_of(target)
+    report = weights.load_weights(target, tmp_path / "notop.h5")
+    expected = {
+        key: source.state_dict()[key] if key.startswith("fpn.C") else before[key] for key in before
+    }
+    assert_state(target, expected)
+    assert set(report.missing) == {key for key in before if not key.startswith("fpn.C")}
+    printed = capsys.readouterr().out
+    assert str(report) in printed
+    assert f"{len(report.loaded)} tensors loaded" in printed
+    assert f"{len(report.missing)} missing: fpn.P2_conv1.{{weight,bias}}, " in printed
+
+
+def test_unknown_keras_layers_are_reported(tmp_path, source, target):
+    write_keras(tmp_path / "model.h5", source)
+    with h5py.File(tmp_path / "model.h5", "a") as file:
+        file["fc1000/fc1000/kernel:0"] = np.ones((3, 2), np.float32)
+        file["fc1000"].attrs["weight_names"] = [b"fc1000/kernel:0"]
+    report = weights.load_weights(target, tmp_path / "model.h5")
+    assert report.unexpected == ["fc1000.weight"]
+    assert_state(target, source.state_dict())
+
+
+def frozen_keys():
+    lines = [line.split() for line in KEYS_FILE.read_text().splitlines()]
+    return {key: tuple(map(int, shape)) for key, *shape in lines}
+
+
+def test_keys_and_shapes_are_those_of_the_original_port():
+    with torch.device("meta"):
+        model = MaskRCNN(Config(NUM_CLASSES=81))
+    assert {key: tuple(t.shape) for key, t in model.state_dict().items()} == frozen_keys()
+
+
+@pytest.fixture(scope="module")
+def formula_weights():
+    script = SHARED / "golden" / "make_weights.py"
+    if not script.is_file():
+        pytest.skip("the reference script ../shared/golden/make_weights.py is not there")
+    spec = importlib.util.spec_from_file_location("make_weights", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_layout_of_mask_rcnn_coco_h5_gives_all_keys(tmp_path, formula_weights):
+    path = tmp_path / "mask_rcnn_coco.h5"
+    with h5py.File(path, "w") as file:  # never written arrays read as zeros and take no space
+        for group, items in formula_weights.weight_table("coco").items():
+            for name, _, _, shape in items:
+                file.create_dataset(f"{group}/{name}", shape, np.float32)
+            file[group].attrs["weight_names"] = [item[0].encode() for item in items]
+    read = weights.read_state_dict(path)
+    assert {key: tuple(t.shape) for key, t in read.state_dict.items()} == frozen_keys()
+
+
+def test_formula_weights_arrive_at_their_places(tmp_path, formula_weights, monkeypatch):
+    layers = ["res4f_branch2b", "mrcnn_bbox_fc", "mrcnn_mask_deconv", "bn5c_branch2c", "rpn_model"]
+    table = formula_weights.weight_table("small")
+    table = {layer: table[layer] for layer in [*layers, "mrcnn_mask_bn4"]}
+    monkeypatch.setattr(formula_weights, "weight_table", lambda config: table)
+    formula_weights.write_h5("small", tmp_path / "small.h5")
+    state = weights.read_state_dict(tmp_path / "small.h5").state_dict
+    assert len(state) == 2 + 2 + 2 + 4 + 6 + 4
+
+    def value(layer, name, shape):
+        return torch.from_numpy(formula_weights.weight("small", layer, name, shape))
+
+    conv = value("res4f_branch2b", "kernel", (3, 3, 256, 256))
+    assert torch.equal(state["fpn.C4.5.conv2.weight"][7, 11], conv[:, :, 11, 7])
+    dense = value("mrcnn_bbox_fc", "kernel", (1024, 16))
+    assert torch.equal(state["classifier.linear_bbox.weight"][5], dense[:, 5])
+    deconv = value("mrcnn_mask_deconv", "kernel", (2, 2, 256, 256))
+    assert torch.equal(state["mask.deconv.weight"][3, 200], deconv[:, :, 200, 3])
+    variance = value("bn5c_branch2c", "moving_variance", (2048,))
+    assert torch.equal(state["fpn.C5.2.bn3.running_var"], variance)
+    mean = value("mrcnn_mask_bn4", "moving_mean", (256,))
+    assert torch.equal(state["mask.bn4.running_mean"], mean)
+    bias = value("rpn_bbox_pred", "bias", (12,))
+    assert torch.equal(state["rpn.conv_bbox.bias"], bias)
+
+
+# Torch files
+
+
+@pytest.mark.parametrize("form", ["plain", "legacy", "DataParallel", "state_dict", "counters"])
+def test_files_of_the_original_port_load(tmp_path, source, target, form):
+    data = copy_of(source)
+    if form == "DataParallel":
+        data = {f"module.{key}": tensor for key, tensor in data.items()}
+    elif form == "state_dict":
+        data = {"epoch": 3, "state_dict": data}
+    elif form == "counters":
+        data |= {"fpn.C1.1.num_batches_tracked": torch.tensor(5)}
+    path = tmp_path / "mask_rcnn_coco.pth"
+    torch.save(data, path, _use_new_zipfile_serialization=form != "legacy")
+    report = weights.load_weights(target, path)
+    assert_state(target, source.state_dict())
+    assert report.format == "pytorch"
+    assert len(report.loaded) == len(target.state_dict())
+    assert not any([report.missing, report.unexpected, report.mismatched])
+
+
+def test_format_follows_content_not_name(tmp_path, source, target):
+    write_keras(tmp_path / "really_keras.pth", source)
+    assert weights.load_weights(target, tmp_path / "really_keras.pth").format == "keras"
+    assert_state(target, source.state_dict())
+
+
+def test_own_checkpoint_round_trip(tmp_path, source, target):
+    source.config.MEAN_PIXEL = np.array([1.5, 2.5, 3.5])
+    source.config.IMAGE_MIN_SCALE = np.float32(0.5)
+    source.config.COMPUTE_BACKBONE_SHAPE = len
+    path = tmp_path / "model.pth"
+    weights.save_weights(source, path)
+    assert [item.name for item in tmp_path.iterdir()] == ["model.pth"]
+    report = weights.load_weights(target, path)
+    assert_state(target, source.state_dict())
+    assert report.format == "checkpoint"
+    data = torch.load(path, weights_only=True)
+    assert data["version"] == 1
+    config = data["config"]
+    assert config["NUM_CLASSES"] == 4
+    assert config["BACKBONE"] == {"blocks": [1, 1, 1, 1], "width": 4}
+    assert config["MEAN_PIXEL"] == [1.5, 2.5, 3.5]
+    assert config["IMAGE_MIN_SCALE"] == 0.5
+    assert config["COMPUTE_BACKBONE_SHAPE"] == "len"
+
+
+def test_a_failing_save_leaves_the_old_file(tmp_path, source, monkeypatch):
+    path = tmp_path / "model.pth"
+    weights.save_weights(source, path)
+    before = path.read_bytes()
+
+    def disk_full(data, file):
+        file.write(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(torch, "save", disk_full)
+    with pytest.raises(OSError, match="no space left"):
+        weights.save_weights(source, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_dtype_of_the_model_stays(tmp_path, source):
+    weights.save_weights(source, tmp_path / "model.pth")
+    model = tiny(seed=2).double()
+    weights.load_weights(model, tmp_path / "model.pth")
+    assert model.fpn.C1[0].weight.dtype == torch.float64
+    assert_state(model, {key: tensor.double() for key, tensor in copy_of(source).items()})
+
+
+# torchvision
+
+
+def random_torchvision(name=None):
+    """The named ResNet, or one with few blocks, with random BatchNorm statistics."""
+    resnet = pytest.importorskip("torchvision").models.resnet
+    resnet = getattr(resnet, name)() if name else resnet.ResNet(resnet.Bottleneck, [1, 1, 2, 1])
+    generator = torch.Generator().manual_seed(5)
+    for module in resnet.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            # Small variances, for which an epsilon of 1e-3 instead of 1e-5 would show.
+            for tensor, low, high in (
+                (module.weight.data, 0.5, 1.0),
+                (module.bias.data, -0.1, 0.1),
+                (module.running_mean, -0.1, 0.1),
+                (module.running_var, 0.02, 2.0),
+            ):
+                tensor.uniform_(low, high, generator=generator)
+    return resnet.eval()
+
+
+def torchvision_features(resnet, images):
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    x = (images / 255 - mean) / std
+    x = resnet.maxpool(resnet.relu(resnet.bn1(resnet.conv1(x))))
+    maps = []
+    for layer in (resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4):
+        x = layer(x)
+        maps.append(x)
+    return maps
+
+
+def assert_equal_features(model, resnet):
+    generator = torch.Generator().manual_seed(6)
+    images = torch.randint(0, 256, (1, 3, 64, 128), generator=generator, dtype=torch.uint8)
+    with torch.no_grad():
+        expected = torchvision_features(resnet, images)
+        actual = model.eval().fpn.bottom_up(model.normalize(images))
+    for level, (ours, theirs) in enumerate(zip(actual, expected, strict=True), start=2):
+        assert ours.shape == theirs.shape
+        scale = theirs.square().mean().sqrt()
+        assert (ours - theirs).abs().max() < 1e-4 * scale, f"C{level}"
+
+
+@pytest.mark.parametrize(
+    ("name", "convolutions"),
+    [("resnet50", 53), pytest.param("resnet101", 104, marks=pytest.mark.slow)],
+)
+def test_torchvision_start_gives_torchvision_features(tmp_path, name, convolutions):
+    resnet = random_torchvision(name)
+    torch.save(resnet.state_dict(), tmp_path / "resnet.pth")
+    model = MaskRCNN(Config(NUM_CLASSES=3, BACKBONE=name, FPN_CLASSIF_FC_LAYERS_SIZE=16))
+    for key, tensor in model.state_dict().items():
+        if key.endswith("bias"):
+            tensor.fill_(3)  # what is not zeroed would show
+    report = weights.load_weights(model, tmp_path / "resnet.pth")
+    assert report.format == "torchvision"
+    assert len(report.zeroed) == convolutions
+    assert set(report.loaded) == {key for key in model.state_dict() if key.startswith("fpn.C")}
+    assert report.unexpected == report.mismatched == []
+    assert_equal_features(model, resnet)
+
+
+def test_torchvision_style_survives_checkpoints_and_conversion(tmp_path):
+    resnet = random_torchvision()
+    config = Config(BACKBONE={"blocks": (1, 1, 2, 1), "width": 64}, FPN_CLASSIF_FC_LAYERS_SIZE=16)
+    torch.save(resnet.state_dict(), tmp_path / "resnet.pth")
+    assert weights.main(["convert", f"{tmp_path}/resnet.pth", f"{tmp_path}/converted.pth"]) == 0
+    model = MaskRCNN(copy.copy(config))
+    weights.load_weights(model, tmp_path / "converted.pth")
+    assert_equal_features(model, resnet)
+    weights.save_weights(model, tmp_path / "checkpoint.pth")
+    model = MaskRCNN(config)
+    report = weights.load_weights(model, tmp_path / "checkpoint.pth")
+    assert report.missing == report.zeroed == []
+    assert_equal_features(model, resnet)
+
+
+def test_other_formats_bring_the_keras_style_back(tmp_path, source, target):
+    write_keras(tmp_path / "model.h5", source)
+    target.set_backbone_style("torchvision")
+    weights.load_weights(target, tmp_path / "model.h5")
+    assert target.config.BACKBONE_STYLE == "keras"
+    assert target.fpn.C1[1].eps == 0.001
+    assert target.fpn.C3[0].conv1.stride == (2, 2)
+
+
+def test_style_stays_where_the_backbone_stays(tmp_path, source, target):
+    write_keras(tmp_path / "model.h5", source)
+    target.set_backbone_style("torchvision")
+    weights.load_weights(target, tmp_path / "model.h5", exclude=[r"fpn\.C.*"])
+    assert target.config.BACKBONE_STYLE == "torchvision"
+    assert target.fpn.C1[1].eps == 1e-5
+
+
+def test_torchvision_resnet18_is_refused(tmp_path, target):
+    resnet = pytest.importorskip("torchvision").models.resnet18(weights=None)
+    torch.save(resnet.state_dict(), tmp_path / "resnet18.pth")
+    with pytest.raises(ValueError, match="neither Mask R-CNN weights nor a ResNet-50"):
+        weights.load_weights(target, tmp_path / "resnet18.pth")
+
+
+# Files that do not fit
+
+
+def test_other_class_count_is_an_error_with_a_remedy_that_works(tmp_path, source):
+    weights.save_weights(source, tmp_path / "model.pth")
+    model = tiny(classes=7, seed=2)
+    before = copy_of(model)
+    with pytest.raises(ValueError, match="6 tensors have another shape") as caught:
+        weights.load_weights(model, tmp_path / "model.pth")
+    assert_state(model, before)
+    message = str(caught.value)
+    assert "classifier.linear_class.weight (4, 10) / (7, 10)" in message
+    assert "skip_mismatched=True" in message
+    exclude = re.findall(r"'([\w.]+)'", message.partition("exclude=")[2])
+    assert exclude == ["classifier.linear_class", "classifier.linear_bbox", "mask.conv5"]
+    report = weights.load_weights(model, tmp_path / "model.pth", exclude=exclude)
+    assert len(report.excluded) == 6
+    assert report.mismatched == report.missing == report.unexpected == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"skip_mismatched": True},
+        {"exclude": ["mrcnn_class_logits", "mrcnn_bbox_fc", "mrcnn_bbox", "mrcnn_mask"]},
+    ],
+)
+def test_heads_of_other_classes_stay_as_they_are(tmp_path, source, options):
+    write_keras(tmp_path / "model.h5", source)
+    model = tiny(classes=7, seed=2)
+    before = copy_of(model)
+    report = weights.load_weights(model, tmp_path / "model.h5", **options)
+    kept = report.excluded + report.mismatched
+    assert sorted(kept) == sorted(
+        f"{module}.{leaf}"
+        for module in ("classifier.linear_class", "classifier.linear_bbox", "mask.conv5")
+        for leaf in ("weight", "bias")
+    )
+    expected = {key: before[key] if key in kept else source.state_dict()[key] for key in before}
+    assert_state(model, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "prefixes"),
+    [
+        ("mask", ["mask."]),
+        ("mrcnn_mask", ["mask.conv5."]),
+        ("mask.conv", None),
+        ("mask.conv.", ["mask.conv1.", "mask.conv2.", "mask.conv3.", "mask.conv4.", "mask.conv5."]),
+        (".*bias", [".bias"]),
+        ("conv1", ["fpn.C1.0."]),
+        ("rpn_model", ["rpn."]),
+        ("res5a_branch2c", ["fpn.C5.0.conv3."]),
+        ("bn5a_branch1", ["fpn.C5.0.downsample.1."]),
+        ("fpn.C5.0.bn1.running_var", ["fpn.C5.0.bn1.running_var"]),
+        ("mrcnn_bbox", []),
+    ],
+)
+def test_exclude_understands_both_kinds_of_names(tmp_path, source, target, name, prefixes):
+    weights.save_weights(source, tmp_path / "model.pth")
+    if prefixes is None:  # a part of a name only
+        with pytest.raises(ValueError, match=r"did you mean .*mask\.conv\d"):
+            weights.load_weights(target, tmp_path / "model.pth", exclude=[name])
+        return
+    before = copy_of(target)
+    report = weights.load_weights(target, tmp_path / "model.pth", exclude=[name])
+    expected = [
+        key
+        for key in before
+        if any(key.endswith(p) if p == ".bias" else key.startswith(p) for p in prefixes)
+    ]
+    assert report.excluded == expected
+    for key, tensor in target.state_dict().items():
+        assert torch.equal(tensor, (before if key in expected else source.state_dict())[key]), key
+
+
+def test_exclude_takes_one_name_and_suggests_close_ones(tmp_path, source, target):
+    weights.save_weights(source, tmp_path / "model.pth")
+    assert len(weights.load_weights(target, tmp_path / "model.pth", exclude="rpn").excluded) == 6
+    before = copy_of(target)
+    with pytest.raises(ValueError, match="did you mean mrcnn_class_logits"):
+        weights.load_weights(target, tmp_path / "model.pth", exclude=["mrcnn_class_logit"])
+    assert_state(target, before)
+
+
+@pytest.mark.parametrize(
+    ("file_blocks", "model_blocks"), [((1, 1, 1, 1), (1, 1, 3, 1)), ((1, 1, 3, 1), (1, 1, 1, 1))]
+)
+def test_backbone_of_another_depth_is_refused(tmp_path, file_blocks, model_blocks):
+    """Upstream put the ImageNet ResNet-50 into a ResNet-101 and left 17 blocks random."""
+    weights.save_weights(tiny(file_blocks), tmp_path / "model.pth")
+    model = tiny(model_blocks, seed=2)
+    before = copy_of(model)
+    of_file, of_model = "-".join(map(str, file_blocks)), "-".join(map(str, model_blocks))
+    for options in ({}, {"skip_mismatched": True}):
+        with pytest.raises(ValueError, match=f"{of_file} blocks.*{of_model} blocks.*BACKBONE"):
+            weights.load_weights(model, tmp_path / "model.pth", **options)
+        assert_state(model, before)
+    report = weights.load_weights(model, tmp_path / "model.pth", exclude=["fpn.C4"])
+    assert all(key.startswith("fpn.C4.") for key in report.excluded)
+    assert report.missing == report.unexpected == []
+
+
+def test_resnet50_file_in_a_resnet101_names_both(tmp_path, formula_weights):
+    path = tmp_path / "resnet50.h5"
+    with h5py.File(path, "w") as file:
+        for group, items in formula_weights.weight_table("small").items():
+            for name, _, _, shape in items if "res" in group or "conv1" in group else ():
+                file.create_dataset(f"{group}/{name}", shape, np.float32)
+    with torch.device("meta"):
+        model = MaskRCNN(Config())
+    with pytest.raises(ValueError, match=r"3-4-6-3 blocks \(resnet50\).*3-4-23-3 .*resnet101"):
+        weights.load_weights(model, path)
+
+
+def test_file_without_backbone_is_refused(tmp_path, source, target):
+    heads = {key: t for key, t in copy_of(source).items() if not key.startswith("fpn.C")}
+    torch.save(heads, tmp_path / "heads.pth")
+    before = copy_of(target)
+    with pytest.raises(ValueError, match=r"fills only 0 of the 102 backbone tensors"):
+        weights.load_weights(target, tmp_path / "heads.pth")
+    assert_state(target, before)
+    report = weights.load_weights(target, tmp_path / "heads.pth", exclude=["fpn.C.*"])
+    assert set(report.loaded) == set(heads)
+
+
+def test_backbone_of_another_width_is_refused_though_skipping(tmp_path, source):
+    weights.save_weights(source, tmp_path / "model.pth")
+    model = tiny(width=8, seed=2)
+    before = copy_of(model)
+    with pytest.raises(ValueError, match=r"fills only 0 of the 102 backbone tensors"):
+        weights.load_weights(model, tmp_path / "model.pth", skip_mismatched=True)
+    assert_state(model, before)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("suffix", [".h5", ".pth"])
+def test_numbers_must_be_finite(tmp_path, source, target, bad, suffix):
+    with torch.no_grad():
+        source.mask.bn2.running_mean[1] = bad
+    path = tmp_path / f"model{suffix}"
+    (write_keras if suffix == ".h5" else lambda p, m: weights.save_weights(m, p))(path, source)
+    before = copy_of(target)
+    with pytest.raises(ValueError, match=r"NaN or infinity in mask\.bn2\.running_mean"):
+        weights.load_weights(target, path)
+    assert_state(target, before)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.999])
+def test_truncated_files_are_named_with_their_size(tmp_path, source, share):
+    keras, legacy = tmp_path / "mask_rcnn_coco.h5", tmp_path / "legacy.pth"
+    plain = tmp_path / "mask_rcnn_coco.pth"
+    write_keras(keras, source)
+    torch.save(copy_of(source), plain)
+    torch.save(copy_of(source), legacy, _use_new_zipfile_serialization=False)
+    for path in (keras, plain, legacy):
+        size = int(path.stat().st_size * share)
+        path.write_bytes(path.read_bytes()[:size])
+        with pytest.raises(ValueError, match=f"{path.name} is damaged or") as caught:
+            weights.read_state_dict(path)
+        assert "\n" not in str(caught.value)
+        assert (f"{size:,} bytes" in str(caught.value)) or path == legacy
+        assert ("expected 257,557,808" in str(caught.value)) == (path == keras)
+
+
+class NotATensor:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "neither HDF5 .* 0 bytes"),
+        (b"<!DOCTYPE html><title>Sign in</title>", "neither HDF5 .*DOCTYP.*download it again"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "neither HDF5"),
+        ({"model": NotATensor()}, "weights_only=True.* refuses"),
+        ([1, 2], "must hold a state_dict.* got list"),
+        ({"epoch": 3}, "must hold a state_dict.* got epoch"),
+        ({"backbone.body.conv1.weight": torch.zeros(2)}, "backbone.body.conv1.weight"),
+        ({}, "its tensors: none"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, content, message):
+    path = tmp_path / "file.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=message) as caught:
+        weights.read_state_dict(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_plain_pickles_do_not_run(tmp_path):
+    class Exploit:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "touched",))
+
+    path = tmp_path / "exploit.pth"
+    path.write_bytes(pickle.dumps(Exploit()))
+    with pytest.raises(ValueError, match=r"exploit\.pth"):
+        weights.read_state_dict(path)
+    assert not (tmp_path / "touched").exists()
+
+
+def test_h5_files_without_keras_groups_are_refused(tmp_path):
+    with h5py.File(tmp_path / "data.h5", "w") as file:
+        file["images"] = np.zeros(3)
+        file["annotations/boxes"] = np.zeros((2, 4))
+    with pytest.raises(ValueError, match=r"neither Mask R-CNN weights .* annotations\.weight"):
+        weights.read_state_dict(tmp_path / "data.h5")
+
+
+# Finding and downloading
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """An empty cache folder and working directory, and a repository folder without weights."""
+    folder = tmp_path / "home"
+    monkeypatch.setenv("MASK_RCNN_HOME", str(folder))
+    (tmp_path / "work").mkdir()
+    (tmp_path / "repository").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(weights, "__file__", str(tmp_path / "repository" / "weights.py"))
+    monkeypatch.setattr(weights.urllib.request, "urlopen", None)  # no network by accident
+    return folder
+
+
+def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("MASK_RCNN_HOME", str(tmp_path / "a"))
+    assert weights.cache_folder() == tmp_path / "a"
+    monkeypatch.delenv("MASK_RCNN_HOME")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
+    assert weights.cache_folder() == tmp_path / "b" / "mask_rcnn"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert weights.cache_folder() == Path.home() / ".cache" / "mask_rcnn"
+
+
+def test_coco_is_found_nearest_first(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "download", lambda name: Path("downloaded") / name)
+    assert weights.find_weights("coco") == Path("downloaded/coco")
+    home.mkdir()
+    for path in (
+        home / "mask_rcnn_coco.pth",
+        home / "mask_rcnn_coco.h5",
+        tmp_path / "repository" / "mask_rcnn_coco.h5",
+        tmp_path / "work" / "mask_rcnn_coco.pth",
+    ):
+        path.touch()
+        assert weights.find_weights("coco") == path
+
+
+def test_imagenet_follows_the_backbone(home, monkeypatch):
+    monkeypatch.setattr(weights, "download", lambda name: Path("downloaded") / name)
+    assert weights.find_weights("imagenet", "resnet50") == Path("downloaded/resnet50")
+    assert weights.find_weights("imagenet", "resnet101") == Path("downloaded/resnet101")
+    home.mkdir()
+    (home / "resnet101-63fe2227.pth").touch()
+    assert weights.find_weights("imagenet") == home / "resnet101-63fe2227.pth"
+    with pytest.raises(ValueError, match=r"'imagenet' needs BACKBONE .* got \{'blocks'"):
+        weights.find_weights("imagenet", {"blocks": (1, 1, 1, 1), "width": 4})
+
+
+def test_load_weights_takes_names_and_the_backbone_of_the_model(home, target, source):
+    weights.save_weights(source, "mask_rcnn_coco.pth")
+    weights.load_weights(target, "coco")
+    assert_state(target, source.state_dict())
+    with pytest.raises(ValueError, match=r"'imagenet' needs .* got \{'blocks': \(1, 1, 1, 1\)"):
+        weights.load_weights(target, "imagenet")
+
+
+def test_missing_files_are_an_error_with_suggestions(home, target):
+    Path("mask_rcnn_shapes_0010.pth").touch()
+    assert weights.find_weights("mask_rcnn_shapes_0010.pth") == Path("mask_rcnn_shapes_0010.pth")
+    with pytest.raises(FileNotFoundError, match=r"mean mask_rcnn_shapes_0010\.pth"):
+        weights.load_weights(target, "mask_rcnn_shapes_001.pth")
+    with pytest.raises(FileNotFoundError, match="no weight file coko, did you mean coco"):
+        weights.find_weights("coko")
+    with pytest.raises(FileNotFoundError, match="no weight file nowhere/at/all"):
+        weights.find_weights("nowhere/at/all")
+    with pytest.raises(FileNotFoundError, match="no weight file"):
+        weights.read_state_dict(Path.cwd())
+
+
+CONTENT = np.random.default_rng(0).bytes(100_000)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """Serves CONTENT on this machine; `behaviour` changes how, `ranges` lists what was asked."""
+    state = types.SimpleNamespace(behaviour="", ranges=[], content=CONTENT)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked = self.headers["Range"]
+            state.ranges.append(asked)
+            content = state.content
+            start = int(asked.split("=")[1].rstrip("-")) if asked else 0
+            if state.behaviour == "404":
+                self.send_error(404)
+                return
+            if state.behaviour == "no ranges":
+                start = 0
+            if start >= len(content):
+                self.send_error(416)
+                return
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(content) - start))
+            self.end_headers()
+            stop = 60_000 if state.behaviour == "breaks" else len(content)
+            self.wfile.write(content[start:stop])
+
+        def log_message(self, *arguments):
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=http.serve_forever, args=(0.02,))
+    thread.start()
+    state.url = f"http://127.0.0.1:{http.server_port}/files/weights.pth"
+    digest = hashlib.sha256(CONTENT).hexdigest()
+    source = weights.Source(state.url, len(CONTENT), f"sha256:{digest[:8]}")
+    monkeypatch.setitem(weights.SOURCES, "coco", source)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    yield state
+    http.shutdown()
+    thread.join()
+    http.server_close()
+
+
+def test_download_and_the_second_call(server, tmp_path, capfd):
+    folder = tmp_path / "new" / "folder"
+    path = weights.download("coco", folder)
+    assert path == folder / "weights.pth"
+    assert path.read_bytes() == CONTENT
+    assert "100%" in capfd.readouterr().err
+    assert weights.download("coco", folder, progress=False) == path
+    assert server.ranges == [None]
+    assert [item.name for item in folder.iterdir()] == ["weights.pth"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_download_goes_to_the_cache_folder(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("MASK_RCNN_HOME", str(tmp_path))
+    assert weights.download("coco", progress=False) == tmp_path / "weights.pth"
+
+
+@pytest.mark.parametrize(("behaviour", "length"), [("", 40_000), ("no ranges", 40_000)])
+def test_download_resumes(server, tmp_path, behaviour, length):
+    server.behaviour = behaviour
+    (tmp_path / "weights.pth.part").write_bytes(CONTENT[:length])
+    path = weights.download("coco", tmp_path, progress=False)
+    assert path.read_bytes() == CONTENT
+    assert server.ranges == [f"bytes={length}-"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_download_takes_a_part_that_was_complete(server, tmp_path):
+    (tmp_path / "weights.pth.part").write_bytes(CONTENT)
+    path = weights.download("coco", tmp_path, progress=False)
+    assert path.read_bytes() == CONTENT
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_broken_download_continues_next_time(server, tmp_path):
+    server.behaviour = "breaks"
+    with pytest.raises(ConnectionError, match=r"broke after 60,000 of 100,000 bytes.*resumes"):
+        weights.download("coco", tmp_path, progress=False)
+    assert [item.name for item in tmp_path.iterdir()] == ["weights.pth.part"]
+    server.behaviour = ""
+    path = weights.download("coco", tmp_path, progress=False)
+    assert path.read_bytes() == CONTENT
+    assert server.ranges == [None, "bytes=60000-"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (CONTENT[:-1], "99,999 bytes instead of 100,000"),
+        (CONTENT[:-1] + b"x", "the sha256 [0-9a-f]{64} instead of [0-9a-f]{8} and was deleted"),
+    ],
+)
+def test_corrupt_download_is_deleted(server, tmp_path, content, message):
+    server.content = content
+    with pytest.raises(ValueError, match=message):
+        weights.download("coco", tmp_path, progress=False)
+    assert list(tmp_path.iterdir()) == []
+    server.content = CONTENT
+    assert weights.download("coco", tmp_path, progress=False).read_bytes() == CONTENT
+
+
+def test_part_of_another_file_is_deleted(server, tmp_path):
+    (tmp_path / "weights.pth.part").write_bytes(CONTENT + b"too long")
+    with pytest.raises(ValueError, match="100,008 bytes instead of 100,000"):
+        weights.download("coco", tmp_path, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_file_at_the_target_is_kept_and_named(server, tmp_path):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(CONTENT[:5])
+    with pytest.raises(ValueError, match=r"weights\.pth has 5 bytes instead of 100,000; delete it"):
+        weights.download("coco", tmp_path, progress=False)
+    assert path.read_bytes() == CONTENT[:5]
+
+
+def test_md5_checksums(server, tmp_path, monkeypatch):
+    digest = hashlib.md5(CONTENT).hexdigest()
+    for name, expected in (("good", digest), ("bad", digest[::-1])):
+        monkeypatch.setitem(
+            weights.SOURCES, name, weights.Source(server.url, checksum=f"md5:{expected}")
+        )
+    assert weights.download("good", tmp_path, progress=False).read_bytes() == CONTENT
+    with pytest.raises(ValueError, match=f"the md5 {digest} instead of"):
+        weights.download("bad", tmp_path / "other", progress=False)
+
+
+def test_no_network_and_no_file_name_url_and_place(server, tmp_path, monkeypatch):
+    server.behaviour = "404"
+    target = re.escape(str(tmp_path / "weights.pth"))
+    with pytest.raises(ConnectionError, match=f"{server.url} .*404.* as {target}$"):
+        weights.download("coco", tmp_path, progress=False)
+    url = "http://127.0.0.1:9/weights.pth"  # nobody listens
+    monkeypatch.setitem(weights.SOURCES, "coco", weights.Source(url))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConnectionError, match=f"cannot download {url} .*refused.* as {target}$"):
+        weights.download("coco", ".", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_published_addresses():
+    """Names, sizes and checksums as published; pytorch.org's names carry their sha256."""
+    assert weights.SOURCES["coco"].size == 257_557_808
+    for name, prefix in (("resnet50", "0676ba61"), ("resnet101", "63fe2227")):
+        url, _, checksum = weights.SOURCES[name]
+        assert url == f"https://download.pytorch.org/models/{name}-{prefix}.pth"
+        assert checksum == f"sha256:{prefix}"
+    with pytest.raises(ValueError, match="coco, resnet50, resnet101, resnet50_keras, got 'vgg'"):
+        weights.download("vgg")
+
+
+# Command line
+
+
+def test_convert_and_info(tmp_path, source, target, capsys):
+    write_keras(tmp_path / "model.h5", source)
+    arguments = ["convert", str(tmp_path / "model.h5"), str(tmp_path / "model.pth")]
+    assert weights.main(arguments) == 0
+    assert capsys.readouterr() == ("", "")
+    weights.load_weights(target, tmp_path / "model.pth", verbose=False)
+    assert_state(target, source.state_dict())
+    assert weights.main(["info", str(tmp_path / "model.pth")]) == 0
+    numbers = sum(tensor.numel() for tensor in source.state_dict().values())
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path}/model.pth: format checkpoint, 168 tensors, {numbers:,} numbers",
+        "backbone: 1-1-1-1 blocks, style keras",
+        "classes: 4",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["convert", "none.h5", "new.pth"], "no weight file none.h5"),
+        (["convert", "model.pth", "model.pth"], "OUT must .* be another file than IN"),
+        (["convert", "model.pth", "../work/model.pth"], "OUT must .* be another file than IN"),
+        (["convert", "model.pth", "model.h5"], "OUT must end in .pth"),
+        (["convert", "model.pth", "nowhere/new.pth"], "nowhere"),
+        (["info", "text.pth"], "neither HDF5"),
+        (["download", "vgg"], "got 'vgg'"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(home, capsys, source, arguments, message):
+    weights.save_weights(source, "model.pth")
+    before = Path("model.pth").read_bytes()
+    Path("text.pth").write_text("text")
+    assert weights.main(arguments) == 2
+    output, error = capsys.readouterr()
+    assert output == ""
+    assert re.fullmatch(f"weights.py: .*{message}.*\n", error)
+    assert Path("model.pth").read_bytes() == before
+    assert sorted(item.name for item in Path().iterdir()) == ["model.pth", "text.pth"]
+
+
+def test_download_command(server, tmp_path, capsys):
+    assert weights.main(["download", "coco", "--folder", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'weights.pth'}\n"
+
+
+def test_process_status(tmp_path):
+    command = [sys.executable, ROOT / "weights.py", "info", "none.pth"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+
+
+def test_help_has_examples(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        weights.main(["--help"])
+    example = "python weights.py convert mask_rcnn_coco.h5 mask_rcnn_coco.pth"
+    assert example in capsys.readouterr().out
+
+
+def test_import_stays_light():
+    code = "import weights, sys; print({'h5py', 'model', 'config'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "set()\n"

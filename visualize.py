@@ -1,0 +1,776 @@
+"""Pictures of images, boxes, masks, training curves and weights.
+
+Images are RGB, [H, W, 3] uint8 or what utils.as_uint8_image makes that of. Boxes are
+[N, (y1, x1, y2, x2)] in image pixels, half-open; an instance with an empty box is not drawn. Masks
+are [H, W, N] bool or a list of N run-length dicts, drawn inside their boxes only.
+
+draw_instances and the draw_*_stage functions return a uint8 picture and touch no global state. The
+others draw on the given `ax` or on a figure of their own. Only display_* show that figure, and only
+on a backend that can: headless, they draw, save to `save_path` and return all the same.
+"""
+
+import colorsys
+import html
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection, PolyCollection
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from skimage.measure import find_contours
+from torch import nn
+
+import utils
+
+Masks = np.ndarray | Sequence[dict[str, Any]]
+Colors = Sequence[Any] | np.ndarray | str | None
+
+LINE_WIDTH = 1.6  # points; the dpi of a picture follows its size, so lines and letters do too
+FONT_SIZE = 9.0
+LABEL_PADDING = 0.22  # of the font size
+LABEL_STYLE = f"round,pad={LABEL_PADDING},rounding_size=0.25"
+DOTTED = (0, (1.5, 1))
+FILE_BACKENDS = {"agg", "cairo", "pdf", "pgf", "ps", "svg", "template"}
+LOSS_NAMES = ("loss", "rpn_class_loss", "rpn_bbox_loss", "class_loss", "bbox_loss", "mask_loss")
+
+
+# --- Colours and pixels --------------------------------------------------------------------------
+
+
+def _hue_color(start: float, index: int, bright: bool = True) -> tuple[float, float, float]:
+    # Steps of the golden ratio spread hues evenly however many there are; two saturations tell
+    # apart those that come close after some steps.
+    saturation = (0.85, 0.6)[index // 5 % 2]
+    return colorsys.hsv_to_rgb((start + index * 0.618034) % 1, saturation, 1.0 if bright else 0.7)
+
+
+def random_colors(
+    N: int, bright: bool = True, seed: int | None = None
+) -> list[tuple[float, float, float]]:
+    """N distinct RGB colours in 0..1, neighbours far apart; the same ones for the same `seed`."""
+    start = np.random.default_rng(seed).random()
+    return [_hue_color(start, i, bright) for i in range(N)]
+
+
+def _instance_colors(colors: Colors, class_ids: np.ndarray) -> np.ndarray:
+    """[N, 3] RGB: the given colours, or fixed ones per class id ("class") or position (None)."""
+    if colors is None:
+        colors = random_colors(len(class_ids), seed=0)
+    elif isinstance(colors, str):
+        if colors != "class":
+            raise ValueError(f'colors must be "class" or one colour per instance, got "{colors}"')
+        colors = [_hue_color(0, abs(int(class_id))) for class_id in class_ids]
+    elif len(colors) != len(class_ids):
+        raise ValueError(f"colors must hold one per instance, {len(class_ids)}, got {len(colors)}")
+    return np.array([to_rgb(color) for color in colors]).reshape(-1, 3)
+
+
+def apply_mask(
+    image: np.ndarray, mask: np.ndarray, color: Sequence[float] | np.ndarray, alpha: float = 0.5
+) -> np.ndarray:
+    """Blends `color` (RGB in 0..1) into `image` [H, W, 3] where `mask` [H, W] is set, in place."""
+    for channel in range(3):
+        values = image[..., channel]
+        blend = values * np.float32(1 - alpha) + np.float32(alpha * 255 * color[channel])
+        if image.dtype.kind in "iu":
+            blend = np.rint(blend)
+        np.copyto(values, blend, where=mask.astype(bool), casting="unsafe")
+    return image
+
+
+def draw_box(image: np.ndarray, box: np.ndarray, color: Sequence[int]) -> np.ndarray:
+    """Paints the two outermost pixels inside `box` in `color` (RGB in 0..255), in place."""
+    y1, x1, y2, x2 = _pixel_box(np.asarray(box), image.shape)
+    inside = image[y1:y2, x1:x2]
+    inside[:2] = inside[-2:] = inside[:, :2] = inside[:, -2:] = color
+    return image
+
+
+def _pixel_box(box: np.ndarray, shape: Sequence[int]) -> tuple[int, int, int, int]:
+    """The whole pixels that `box` touches, inside an image of this shape."""
+    y1, x1 = np.floor(box[:2]).clip(0, shape[:2]).astype(int)
+    y2, x2 = np.ceil(box[2:4]).clip(0, shape[:2]).astype(int)
+    return y1, x1, y2, x2
+
+
+def _by_area(boxes: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Indices of the boxes that are not empty inside the image, largest first."""
+    sides = boxes[:, 2:4].clip(0, shape[:2]) - boxes[:, :2].clip(0, shape[:2])
+    valid = np.flatnonzero((sides > 0).all(axis=1))
+    return valid[np.argsort(-sides[valid].prod(axis=1), kind="stable")]
+
+
+def _captions(
+    class_ids: np.ndarray, class_names: Sequence[str], scores: np.ndarray | None
+) -> list[str]:
+    """Class name and score; a negative class id is a COCO crowd."""
+    names = [class_names[abs(i)] + (" (crowd)" if i < 0 else "") for i in class_ids]
+    return names if scores is None else [f"{n} {s:.2f}" for n, s in zip(names, scores, strict=True)]
+
+
+# --- Figures -------------------------------------------------------------------------------------
+
+
+def _figure(figsize: tuple[float, float], show: bool = True) -> Figure:
+    """pyplot's figure where a window or a notebook can show it, else one that nobody else holds."""
+    if show and plt.get_backend().lower() not in FILE_BACKENDS:
+        return plt.figure(figsize=figsize)
+    figure = Figure(figsize=figsize)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _finish(figure: Any, show: bool, save_path: str | Path | None) -> None:
+    if save_path is not None:
+        figure.canvas.figure.savefig(save_path, bbox_inches="tight")
+    if show and figure.canvas.manager is not None:
+        plt.show()
+
+
+def _canvas(height: int, width: int, dpi: float) -> Figure:
+    # Rounded up: Agg truncates the product with dpi, which must not fall below the whole number.
+    figure = Figure((math.nextafter(width / dpi, width), math.nextafter(height / dpi, height)), dpi)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _render(figure: Figure) -> np.ndarray:
+    assert isinstance(figure.canvas, FigureCanvasAgg)
+    renderer = figure.canvas.get_renderer()
+    figure.draw(renderer)
+    return np.asarray(renderer.buffer_rgba())[..., :3].copy()
+
+
+def _picture_axes(image: np.ndarray) -> Axes:
+    """Axes that fill a picture of the image's size."""
+    height, width = image.shape[:2]
+    dpi = float(np.clip(math.sqrt(height * width) / 8, 80, 600))
+    return _canvas(height, width, dpi).add_axes((0, 0, 1, 1))
+
+
+def _render_picture(ax: Axes) -> np.ndarray:
+    """_render for _picture_axes, copying the image: imshow takes its time to resample it."""
+    figure, (background,) = ax.figure, ax.images
+    assert isinstance(figure, Figure)
+    assert isinstance(figure.canvas, FigureCanvasAgg)
+    pixels = np.asarray(background.get_array())
+    rgba = np.dstack([pixels, np.full(pixels.shape[:2], 255, np.uint8)])
+    renderer = figure.canvas.get_renderer()
+    renderer.draw_image(renderer.new_gc(), 0, 0, rgba[::-1])  # the bottom row comes first
+    background.set_visible(False)
+    figure.patch.set_visible(False)
+    return _render(figure)
+
+
+def _sheet(height: int, width: int, rows: int, cols: int) -> tuple[Figure, np.ndarray]:
+    """A figure and its axes [rows, cols] of [height, width] pixels, with room for titles on top."""
+    gap, head = 8, 28
+    total_h, total_w = head + rows * (height + gap), gap + cols * (width + gap)
+    figure = _canvas(total_h, total_w, dpi=100)
+    axes = np.empty((rows, cols), dtype=object)
+    for row, col in np.ndindex(rows, cols):
+        x, y = gap + col * (width + gap), gap + (rows - 1 - row) * (height + gap)
+        place = (x / total_w, y / total_h, width / total_w, height / total_h)
+        axes[row, col] = figure.add_axes(place)
+    return figure, axes
+
+
+# --- What pictures are made of -------------------------------------------------------------------
+
+
+def _draw_image(ax: Axes, image: np.ndarray, title: str = "", **options: Any) -> None:
+    ax.imshow(image, **options)
+    ax.set_axis_off()
+    ax.set_title(title)
+
+
+def _draw_masks(
+    ax: Axes,
+    image: np.ndarray,
+    boxes: np.ndarray,
+    masks: Masks,
+    colors: np.ndarray,
+    order: np.ndarray,
+    alpha: float = 0.5,
+) -> None:
+    """Blends masks into `image` in place and draws their contours on `ax`."""
+    contours, contour_colors = [], []
+    for i in order:
+        y1, x1, y2, x2 = _pixel_box(boxes[i], image.shape)
+        mask = masks[:, :, i] if isinstance(masks, np.ndarray) else utils.rle_decode(masks[i])
+        mask = np.ascontiguousarray(mask[y1:y2, x1:x2])
+        apply_mask(image[y1:y2, x1:x2], mask, colors[i], alpha)
+        step = 1 + max(mask.shape) // 1500  # finer than the line is wide, and quick when huge
+        padded = np.pad(mask[::step, ::step], 1).astype(np.float32)
+        for contour in find_contours(padded, 0.5):
+            contours.append(((contour - 1) * step + (y1, x1))[:, ::-1])
+            contour_colors.append(colors[i])
+    lines = LineCollection(contours, colors=contour_colors, linewidths=LINE_WIDTH)
+    ax.add_collection(lines, autolim=False)
+
+
+def _draw_boxes(
+    ax: Axes,
+    boxes: np.ndarray,
+    colors: np.ndarray,
+    linestyles: Any = "solid",
+    linewidths: float = LINE_WIDTH,
+) -> None:
+    y1, x1, y2, x2 = boxes.T[:4] - 0.5  # imshow puts the centre of the first pixel at 0
+    corners = np.stack([x1, y1, x2, y1, x2, y2, x1, y2], axis=1).reshape(-1, 4, 2)
+    style = {"linestyles": linestyles, "linewidths": linewidths, "joinstyle": "miter"}
+    outlines = PolyCollection(list(corners), facecolors="none", edgecolors=colors, **style)
+    ax.add_collection(outlines, autolim=False)
+
+
+def _draw_joins(
+    ax: Axes, boxes: np.ndarray, refined: np.ndarray, colors: np.ndarray, width: float = LINE_WIDTH
+) -> None:
+    ends = np.stack([boxes[:, 1::-1], refined[:, 1::-1]], axis=1) - 0.5
+    ax.add_collection(LineCollection(list(ends), colors=colors, linewidths=width), autolim=False)
+
+
+def _draw_labels(
+    ax: Axes,
+    boxes: np.ndarray,
+    captions: Sequence[str],
+    colors: np.ndarray,
+    order: np.ndarray,
+    below: bool = False,
+) -> None:
+    """Captions at the top left of their boxes, or elsewhere near by where others are in the way.
+
+    They stay inside the image and off smaller objects. `below` prefers the bottom left.
+    """
+    ax.apply_aspect()
+    (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+    scale = (right - left) / ax.get_window_extent().width  # image pixels per canvas pixel
+    letter = FONT_SIZE * ax.figure.dpi / 72 * scale
+    padding = LABEL_PADDING * letter
+    edges = boxes[order, :4] - 0.5
+    taken = edges[edges[:, 2] - edges[:, 0] < 2 * letter]
+    for i, (y1, x1, y2, x2) in zip(order, edges, strict=True):
+        if not captions[i]:
+            continue
+        ink = "black" if colors[i] @ (0.299, 0.587, 0.114) > 0.55 else "white"
+        patch = {"boxstyle": LABEL_STYLE, "facecolor": colors[i], "edgecolor": "none"}
+        text = ax.text(0, 0, captions[i], size=FONT_SIZE, color=ink, va="bottom", bbox=patch)
+        text.set(parse_math=False, clip_on=True)
+        extent = text.get_window_extent()
+        h, w = extent.height * scale + 2 * padding, extent.width * scale + 2 * padding
+        above = [(y1 - h, x1), (y1, x1), (y1 - h, x2 - w)]
+        under = [(y2, x1), (y2 - h, x1), (y2, x2 - w)]
+        steps = [(y1 + k * h, x1) for k in (-2, 1, -3, 2, -4, 3)]
+        corners = np.array((under + above if below else above + under) + steps)
+        corners = np.maximum(np.minimum(corners, (bottom - h, right - w)), (top, left))
+        places = np.concatenate([corners, corners + np.array((h, w))], axis=1)
+        inner = np.maximum(places[:, None, :2], taken[:, :2])
+        outer = np.minimum(places[:, None, 2:], taken[:, 2:])
+        place = places[(outer - inner).clip(0).prod(axis=2).sum(axis=1).argmin()]
+        text.set_position((place[1] + padding, place[2] - padding))
+        taken = np.vstack([taken, place])
+
+
+# --- Instances -----------------------------------------------------------------------------------
+
+
+def draw_instances(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    masks: Masks | None,
+    class_ids: np.ndarray,
+    class_names: Sequence[str],
+    scores: np.ndarray | None = None,
+    *,
+    colors: Colors = None,
+    captions: Sequence[str] | None = None,
+    show_mask: bool = True,
+    show_bbox: bool = True,
+    alpha: float = 0.5,
+) -> np.ndarray:
+    """Draws instances as detect() returns them: the last of the four stages.
+
+    Args:
+        image: [H, W, 3] uint8.
+        boxes: [N, (y1, x1, y2, x2)], image pixels.
+        masks: [H, W, N] bool, N run-length dicts, or None.
+        class_ids: [N] int.
+        class_names: one name per class id.
+        scores: [N], shown after the class name.
+        colors: one matplotlib colour per instance, or "class" for a fixed colour per class id.
+        captions: [N] texts instead of class name and score; an empty one draws no label.
+        show_mask: whether to draw masks and their contours.
+        show_bbox: whether to draw boxes.
+        alpha: opacity of the masks.
+
+    Returns:
+        [H, W, 3] uint8, the image's own size.
+
+    Raises:
+        ValueError: the image is none, or the numbers of instances differ.
+    """
+    ax = _picture_axes(image)
+    display_instances(
+        image,
+        boxes,
+        masks,
+        class_ids,
+        class_names,
+        scores,
+        ax=ax,
+        show_mask=show_mask,
+        show_bbox=show_bbox,
+        colors=colors,
+        captions=captions,
+        alpha=alpha,
+    )
+    return _render_picture(ax)
+
+
+def display_instances(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    masks: Masks | None,
+    class_ids: np.ndarray,
+    class_names: Sequence[str],
+    scores: np.ndarray | None = None,
+    title: str = "",
+    figsize: tuple[float, float] = (16, 16),
+    ax: Axes | None = None,
+    show_mask: bool = True,
+    show_bbox: bool = True,
+    colors: Colors = None,
+    captions: Sequence[str] | None = None,
+    *,
+    alpha: float = 0.5,
+    show: bool = True,
+    save_path: str | Path | None = None,
+) -> Axes:
+    """Draws instances on `ax`, or shows them on a figure of `figsize`; see draw_instances."""
+    counts = {"boxes": len(boxes), "class_ids": len(class_ids)}
+    if masks is not None:
+        counts["masks"] = masks.shape[-1] if isinstance(masks, np.ndarray) else len(masks)
+    if captions is not None:
+        counts["captions"] = len(captions)
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"each must hold one entry per instance, got {counts}")
+    show = show and ax is None
+    ax = ax or _figure(figsize, show).add_subplot()
+    image = utils.as_uint8_image(image).copy()
+    rgb = _instance_colors(colors, class_ids)
+    order = _by_area(boxes, image.shape)
+    if masks is not None and show_mask:
+        _draw_masks(ax, image, boxes, masks, rgb, order, alpha)
+    _draw_image(ax, image, title)
+    if show_bbox:
+        _draw_boxes(ax, boxes[order], rgb[order])
+    if captions is None:
+        captions = _captions(class_ids, class_names, scores)
+    _draw_labels(ax, boxes, captions, rgb, order)
+    _finish(ax.figure, show, save_path)
+    return ax
+
+
+def display_differences(
+    image: np.ndarray,
+    gt_box: np.ndarray,
+    gt_class_id: np.ndarray,
+    gt_mask: np.ndarray,
+    pred_box: np.ndarray,
+    pred_class_id: np.ndarray,
+    pred_score: np.ndarray,
+    pred_mask: np.ndarray,
+    class_names: Sequence[str],
+    title: str = "",
+    ax: Axes | None = None,
+    show_mask: bool = True,
+    show_box: bool = True,
+    iou_threshold: float = 0.5,
+    score_threshold: float = 0.5,
+    **options: Any,
+) -> Axes:
+    """Draws ground truth in green and predictions in red, captioned score / IoU.
+
+    The IoU is that with the matched object, or the best one where nothing matched. Masks are
+    [H, W, N] bool. Predictions below `score_threshold` are left out. `options` go to
+    display_instances: show, save_path, figsize, alpha.
+    """
+    # The order in which compute_matches counts: best score first, without padding.
+    gt = np.flatnonzero(gt_box.any(axis=1))
+    pred = np.flatnonzero(pred_box.any(axis=1) & (pred_score >= score_threshold))
+    pred = pred[np.argsort(-pred_score[pred], kind="stable")]
+    truth = gt_box[gt], gt_class_id[gt], gt_mask[..., gt]
+    found = pred_box[pred], pred_class_id[pred], pred_score[pred], pred_mask[..., pred]
+    _, pred_match, overlaps = utils.compute_matches(*truth, *found, iou_threshold)
+    captions = [""] * len(gt)
+    for score, match, ious in zip(pred_score[pred], pred_match, overlaps, strict=True):
+        iou = ious[int(match)] if match > -1 else ious.max(initial=0)
+        captions.append(f"{score:.2f} / {iou:.2f}")
+    return display_instances(
+        image,
+        np.concatenate([truth[0], found[0]]),
+        np.concatenate([truth[2], found[3]], axis=-1),
+        np.concatenate([truth[1], found[1]]),
+        class_names,
+        title=title or "Ground truth (green) and detections (red), captions: score / IoU",
+        ax=ax,
+        show_mask=show_mask,
+        show_bbox=show_box,
+        colors=[(0, 0.8, 0)] * len(gt) + [(1, 0, 0)] * len(pred),
+        captions=captions,
+        **options,
+    )
+
+
+def draw_boxes(
+    image: np.ndarray,
+    boxes: np.ndarray | None = None,
+    refined_boxes: np.ndarray | None = None,
+    masks: Masks | None = None,
+    captions: Sequence[str] | None = None,
+    visibilities: Sequence[int] | np.ndarray | None = None,
+    title: str = "",
+    ax: Axes | None = None,
+) -> Axes:
+    """Draws boxes dotted and what they were refined to solid, joined at the top left corner.
+
+    `visibilities` are 0 (grey, without refinement), 1 (dotted, the default) or 2 (solid).
+    """
+    if boxes is None and refined_boxes is None:
+        raise ValueError("draw_boxes needs boxes, refined_boxes or both, got neither")
+    before = np.asarray(refined_boxes if boxes is None else boxes)[:, :4]
+    after = np.asarray(boxes if refined_boxes is None else refined_boxes)[:, :4]
+    visible = np.ones(len(before)) if visibilities is None else np.asarray(visibilities)
+    rgb = _instance_colors(None, visible)
+    rgb[visible == 0] = 0.5
+    ax = ax or _figure((12, 12)).add_subplot()
+    image = utils.as_uint8_image(image).copy()
+    order = _by_area(before, image.shape)
+    joined = boxes is not None and refined_boxes is not None
+    if masks is not None:
+        around = [np.minimum(before, after)[:, :2], np.maximum(before, after)[:, 2:]]
+        _draw_masks(ax, image, np.hstack(around), masks, rgb, order)
+    _draw_image(ax, image, title)
+    if boxes is not None:
+        styles = ["solid" if visible[i] == 2 else DOTTED for i in order]
+        _draw_boxes(ax, before[order], rgb[order], styles)
+    if refined_boxes is not None:
+        shown = order[visible[order] > 0]
+        _draw_boxes(ax, after[shown], rgb[shown])
+        if joined:
+            _draw_joins(ax, before[shown], after[shown], rgb[shown])
+    if captions is not None:
+        _draw_labels(ax, after, captions, rgb, order, below=joined)  # the joins stay in sight
+    return ax
+
+
+def draw_rois(
+    image: np.ndarray,
+    rois: np.ndarray,
+    refined_rois: np.ndarray,
+    mask: np.ndarray,
+    class_ids: np.ndarray,
+    class_names: Sequence[str],
+    limit: int = 10,
+    *,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draws up to `limit` RoIs picked at random: positive ones with class and mask, others grey.
+
+    `mask` [R, h, w] float are relative to `rois` [R, 4]; class id 0 is a negative RoI.
+    """
+    picked = np.random.default_rng(0).permutation(len(rois))[:limit]
+    pasted = np.zeros((*image.shape[:2], len(picked)), dtype=bool)
+    for n, i in enumerate(picked):
+        if class_ids[i] > 0:
+            box = _pixel_box(rois[i], image.shape)
+            pasted[..., n] = utils.unmold_mask(mask[i], box, image.shape)
+    return draw_boxes(
+        image,
+        rois[picked],
+        refined_rois[picked],
+        pasted,
+        captions=[class_names[i] if i > 0 else "" for i in class_ids[picked]],
+        visibilities=class_ids[picked] > 0,
+        title=f"{len(picked)} of {len(rois)} RoIs, {(class_ids > 0).sum()} of them positive",
+        ax=ax,
+    )
+
+
+def display_images(
+    images: Sequence[np.ndarray],
+    titles: Sequence[str] | None = None,
+    cols: int = 4,
+    cmap: Any = None,
+    norm: Any = None,
+    interpolation: str | None = None,
+    *,
+    show: bool = True,
+    save_path: str | Path | None = None,
+) -> Figure:
+    """Shows images ([H, W] or [H, W, 3]) in `cols` columns."""
+    titles = titles if titles is not None else [""] * len(images)
+    rows = max(1, math.ceil(len(images) / cols))
+    figure = _figure((14, 14 * rows / cols), show)
+    figure.set_layout_engine("compressed")
+    for n, (image, title) in enumerate(zip(images, titles, strict=True)):
+        ax = figure.add_subplot(rows, cols, n + 1)
+        _draw_image(ax, image, title, cmap=cmap, norm=norm, interpolation=interpolation)
+    _finish(figure, show, save_path)
+    return figure
+
+
+def display_top_masks(
+    image: np.ndarray,
+    mask: np.ndarray,
+    class_ids: np.ndarray,
+    class_names: Sequence[str],
+    limit: int = 4,
+    **options: Any,
+) -> Figure:
+    """Shows the image and the masks [H, W, N] of the `limit` classes that cover most of it.
+
+    `options` go to display_images: show, save_path.
+    """
+    pixels = mask.sum(axis=(0, 1))
+    areas = {i: pixels[class_ids == i].sum() for i in np.unique(class_ids)}
+    top = sorted((i for i in areas if areas[i]), key=lambda i: -areas[i])[:limit]
+    images, titles = [image], [f"H x W = {image.shape[0]} x {image.shape[1]}"]
+    for class_id in top:
+        instances = mask[..., class_ids == class_id]
+        # Numbered, so that the instances of a class differ in shade.
+        images.append((instances * np.arange(1, instances.shape[-1] + 1)).max(axis=-1))
+        titles.append(class_names[class_id])
+    return display_images(images, titles, len(images), "Blues_r", **options)
+
+
+# --- The four stages of the pipeline; the fourth is draw_instances -------------------------------
+
+
+def _dimmed(image: np.ndarray) -> np.ndarray:
+    """The image at two thirds of its brightness, to let thin lines stand out."""
+    image = utils.as_uint8_image(image)
+    return image - image // 3
+
+
+def draw_anchor_stage(
+    image: np.ndarray,
+    anchors: np.ndarray,
+    refined_anchors: np.ndarray,
+    kept: np.ndarray,
+    limit: int = 100,
+) -> np.ndarray:
+    """Stage 1, RPN: the best anchors (dotted), refined and clipped (solid), and NMS's choice.
+
+    Args:
+        image: [H, W, 3] uint8.
+        anchors: [A, 4] boxes, image pixels, best score first; the best are drawn brightest.
+        refined_anchors: [A, 4] boxes, image pixels, of the same anchors.
+        kept: [P, 4] boxes, image pixels: the proposals, best score first.
+        limit: how many boxes each panel shows at most.
+
+    Returns:
+        Three titled panels side by side, uint8.
+    """
+    before, after, kept = (boxes[:limit][::-1] for boxes in (anchors, refined_anchors, kept))
+    by_rank = plt.get_cmap("plasma")(np.linspace(1, 0.3, limit))[:, :3]
+    rgb, kept_rgb = by_rank[: len(before)][::-1], by_rank[: len(kept)][::-1]
+    scale = np.clip(max(image.shape), 320, 720) / max(image.shape)
+    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+    figure, ((left, middle, right),) = _sheet(height, width, 1, 3)
+    _draw_image(left, _dimmed(image), f"Top {len(before)} anchors")
+    _draw_boxes(left, before, rgb, DOTTED, 1)
+    _draw_image(middle, _dimmed(image), "Refined and clipped")
+    _draw_boxes(middle, before, rgb, DOTTED, 0.5)
+    _draw_boxes(middle, after, rgb, linewidths=1)
+    _draw_joins(middle, before, after, rgb, 1)
+    _draw_image(right, _dimmed(image), f"Top {len(kept)} after NMS")
+    _draw_boxes(right, kept, kept_rgb, linewidths=1)
+    return _render(figure)
+
+
+def draw_refinement_stage(
+    image: np.ndarray,
+    proposals: np.ndarray,
+    boxes: np.ndarray,
+    class_ids: np.ndarray,
+    class_names: Sequence[str],
+    scores: np.ndarray | None = None,
+) -> np.ndarray:
+    """Stage 2, box head: proposals [N, 4] (dotted) and the detections [N, 4] they became (solid).
+
+    Arguments: see draw_instances.
+
+    Returns:
+        [H, W, 3] uint8.
+    """
+    ax = _picture_axes(image)
+    captions = _captions(class_ids, class_names, scores)
+    draw_boxes(_dimmed(image), proposals, boxes, captions=captions, ax=ax)
+    return _render_picture(ax)
+
+
+def draw_mask_stage(
+    image: np.ndarray,
+    mask_probs: np.ndarray,
+    boxes: np.ndarray,
+    class_ids: np.ndarray,
+    class_names: Sequence[str],
+    scores: np.ndarray | None = None,
+    limit: int = 8,
+) -> np.ndarray:
+    """Stage 3, mask head: each object, its mask as predicted, and that resized and thresholded.
+
+    Args:
+        mask_probs: [N, h, w] float in 0..1, for each instance's class.
+        limit: how many instances are shown at most.
+        Others: see draw_instances.
+
+    Returns:
+        One column per instance, uint8; the image itself if there is none.
+    """
+    image = utils.as_uint8_image(image)
+    shown = np.sort(_by_area(boxes, image.shape))[:limit]
+    if not len(shown):
+        return image.copy()
+    captions, rgb = _captions(class_ids, class_names, scores), _instance_colors(None, class_ids)
+    side = int(np.clip(image.shape[1] // len(shown), 112, 224))
+    figure, axes = _sheet(side, side, 3, len(shown))
+    for (top, middle, bottom), i in zip(axes.T, shown, strict=True):
+        center, reach = (boxes[i, :2] + boxes[i, 2:4]) / 2, np.ptp(boxes[i].reshape(2, 2), 0).max()
+        window = np.concatenate([center - 0.55 * reach, center + 0.55 * reach])
+        y1, x1, y2, x2 = _pixel_box(window, image.shape)
+        crop = image[y1:y2, x1:x2].copy()
+        box = np.subtract(_pixel_box(boxes[i], image.shape), (y1, x1, y1, x1))
+        mask = utils.unmold_mask(mask_probs[i], box.tolist(), crop.shape)
+        _draw_image(top, crop, captions[i])
+        top.title.set_fontsize(FONT_SIZE)
+        _draw_image(middle, mask_probs[i], cmap="magma", vmin=0, vmax=1, interpolation="nearest")
+        _draw_masks(bottom, crop, box[None], mask[..., None], rgb[[i]], np.arange(1))
+        _draw_image(bottom, crop)
+        _draw_boxes(bottom, box[None], rgb[[i]])
+    return _render(figure)
+
+
+# --- Plots ---------------------------------------------------------------------------------------
+
+
+def plot_precision_recall(
+    AP: float, precisions: np.ndarray, recalls: np.ndarray, *, ax: Axes | None = None
+) -> Axes:
+    """Plots the precision-recall curve that utils.compute_ap returns at IoU 0.5."""
+    ax = ax or _figure((6.4, 4.8)).add_subplot()
+    ax.plot(recalls, precisions)
+    ax.set(xlim=(0, 1.1), ylim=(0, 1.1), xlabel="recall", ylabel="precision")
+    ax.set_title(f"Precision-recall curve, AP@50 = {AP:.3f}")
+    return ax
+
+
+def plot_overlaps(
+    gt_class_ids: np.ndarray,
+    pred_class_ids: np.ndarray,
+    pred_scores: np.ndarray,
+    overlaps: np.ndarray,
+    class_names: Sequence[str],
+    threshold: float = 0.5,
+    *,
+    ax: Axes | None = None,
+) -> Axes:
+    """Plots the IoU `overlaps` [P, G] of predictions (rows) and objects (columns).
+
+    Pairs above `threshold` are called match, or wrong where their classes differ. Class ids of 0
+    are padding at the end.
+    """
+    gt_class_ids, pred_class_ids = (
+        gt_class_ids[gt_class_ids != 0],
+        pred_class_ids[pred_class_ids != 0],
+    )
+    ax = ax or _figure((12, 10)).add_subplot()
+    overlaps = overlaps[: len(pred_class_ids), : len(gt_class_ids)]
+    if overlaps.size:
+        ax.imshow(overlaps, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    rows = _captions(pred_class_ids, class_names, pred_scores[: len(pred_class_ids)])
+    ax.set_yticks(range(len(rows)), rows)
+    cols = _captions(gt_class_ids, class_names, None)
+    ax.set_xticks(range(len(cols)), cols, rotation=90)
+    for (row, col), iou in np.ndenumerate(overlaps):
+        verdict = "match" if gt_class_ids[col] == pred_class_ids[row] else "wrong"
+        text = f"{iou:.3f}\n{verdict if iou > threshold else ''}"
+        color = "white" if iou > 0.5 else "black" if iou > 0 else "grey"
+        ax.text(col, row, text, ha="center", va="center", fontsize=FONT_SIZE, color=color)
+    ax.set(xlabel="ground truth", ylabel="predictions")
+    return ax
+
+
+def plot_loss(
+    loss: Any,
+    val_loss: Any,
+    save: bool = True,
+    log_dir: str | Path | None = None,
+    names: Sequence[str] = LOSS_NAMES,
+) -> Figure:
+    """Plots training and validation losses per epoch, [E] or [E, K], and saves log_dir/loss.png."""
+    if save and log_dir is None:
+        raise ValueError("plot_loss needs log_dir to save loss.png, got None; or pass save=False")
+    count = 1 if np.ndim(loss) < 2 else np.shape(loss)[1]
+    cols, rows = min(3, count), math.ceil(count / 3)
+    figure = _figure((4.5 * cols, 3.4 * rows), show=not save)
+    figure.set_layout_engine("constrained")
+    for n in range(count):
+        ax = figure.add_subplot(rows, cols, n + 1)
+        for curve, label in ((loss, "train"), (val_loss, "valid")):
+            values = np.reshape(curve, (len(curve), count))[:, n]
+            ax.plot(range(1, len(curve) + 1), values, marker=".", label=label)
+        ax.set(xlabel="epoch", title=names[n])
+        ax.legend()
+    if log_dir is not None and save:
+        figure.savefig(Path(log_dir) / "loss.png")
+    return figure
+
+
+# --- Tables --------------------------------------------------------------------------------------
+
+
+def display_table(table: Sequence[Sequence[Any]]) -> None:
+    """Shows rows of cells as HTML in a notebook, and prints them aligned elsewhere."""
+    cells = [[str(cell) for cell in row] for row in table]
+    if hasattr(getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)(), "kernel"):
+        from IPython.display import HTML, display
+
+        rows = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in cells)
+        display(HTML("<table>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"))
+        return
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
+
+
+def display_weight_stats(model: nn.Module) -> list[list[str]]:
+    """Shows, and returns as rows, the shape, range and spread of each weight and what is odd in it.
+
+    "dead?" is a tensor of zeros other than a bias or a running mean, "overflow?" one with values
+    beyond 1000, "not finite" one with inf or nan.
+    """
+    table = [["weight", "shape", "min", "max", "std", "alert"]]
+    for name, tensor in model.state_dict().items():
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        low, high, std = (x.item() for x in (tensor.min(), tensor.max(), tensor.std(correction=0)))
+        alert = ""
+        if not math.isfinite(high - low):
+            alert = "not finite"
+        elif max(-low, high) > 1000:
+            alert = "overflow?"
+        elif low == high == 0 and not name.endswith(("bias", "running_mean")):
+            alert = "dead?"
+        numbers = [f"{number:+9.4f}" for number in (low, high, std)]
+        table.append([name, str(tuple(tensor.shape)), *numbers, alert])
+    display_table(table)
+    return table

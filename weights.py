@@ -1,0 +1,632 @@
+"""Weight files: load, save, download and convert.
+
+Formats, recognised by content: Matterport's Keras .h5 (models of any class count, and the ResNet-50
+"notop" file), .pth files of the original PyTorch port, own checkpoints, and torchvision's ResNets.
+Every reader returns the state_dict names of model.MaskRCNN, so loading and converting share the
+rest.
+
+    python weights.py info mask_rcnn_coco.h5
+    python weights.py convert mask_rcnn_coco.h5 mask_rcnn_coco.pth
+    python weights.py download coco
+"""
+
+import argparse
+import difflib
+import hashlib
+import http.client
+import os
+import pickle
+import re
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+VERSION = 1  # of the checkpoint format
+
+
+class Source(NamedTuple):
+    """A file on the network and what a complete copy of it looks like."""
+
+    url: str
+    size: int | None = None  # bytes
+    checksum: str = ""  # algorithm:leading hex digits
+
+
+SOURCES = {
+    "coco": Source(
+        "https://github.com/matterport/Mask_RCNN/releases/download/v2.0/mask_rcnn_coco.h5",
+        size=257_557_808,
+    ),
+    "resnet50": Source(
+        "https://download.pytorch.org/models/resnet50-0676ba61.pth", checksum="sha256:0676ba61"
+    ),
+    "resnet101": Source(
+        "https://download.pytorch.org/models/resnet101-63fe2227.pth", checksum="sha256:63fe2227"
+    ),
+    "resnet50_keras": Source(
+        "https://github.com/fchollet/deep-learning-models/releases/download/v0.2/"
+        "resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5",
+        checksum="md5:a268eb855778b3df3c7506639542a6af",
+    ),
+}
+
+RESNETS = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101"}
+
+
+# Loading and saving
+
+
+class LoadReport(NamedTuple):
+    """What load_weights did; every list holds state_dict keys.
+
+    `zeroed` are convolution biases that the file does not have: set to 0, and counted as loaded.
+    """
+
+    path: Path
+    format: str
+    loaded: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    mismatched: list[str]
+    excluded: list[str]
+    zeroed: list[str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.path} ({self.format}): {len(self.loaded)} tensors loaded"]
+        for name in ("missing", "unexpected", "mismatched", "excluded", "zeroed"):
+            if keys := getattr(self, name):
+                lines.append(f"  {len(keys)} {name}: {_group(keys)}")
+        return "\n".join(lines)
+
+
+def load_weights(
+    model: nn.Module,
+    path: str | Path,
+    exclude: Sequence[str] = (),
+    skip_mismatched: bool = False,
+    verbose: bool = True,
+) -> LoadReport:
+    """Copies the tensors of a weight file into the model, all or (on an error) none of them.
+
+    The backbone's style (stride position, BatchNorm epsilon, input scaling) follows the file that
+    the backbone comes from, through `model.set_backbone_style` where the model has it.
+
+    Args:
+        model: MaskRCNN, or a module with state_dict keys of the same pattern.
+        path: a file of any format that read_state_dict knows, "coco" or "imagenet".
+        exclude: what to leave as it is: modules ("mask", "classifier.linear_class"), regular
+            expressions of modules, or Matterport's layers ("mrcnn_bbox_fc").
+        skip_mismatched: leave tensors of another shape as they are instead of raising.
+        verbose: print the report.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged or not finite, a shape differs, an excluded name matches
+            nothing, the backbone has another depth, or most of it would not be loaded.
+    """
+    path = find_weights(path, getattr(getattr(model, "config", None), "BACKBONE", None))
+    file = read_state_dict(path)
+    target = model.state_dict()
+    excluded = _matching(exclude, target.keys() | file.state_dict.keys())
+    wanted = {key: tensor for key, tensor in target.items() if key not in excluded}
+    found = {key: tensor for key, tensor in file.state_dict.items() if key not in excluded}
+    mismatched = [key for key in wanted if key in found and found[key].shape != wanted[key].shape]
+    loaded = [key for key in wanted if key in found and key not in mismatched]
+    report = LoadReport(
+        path=path,
+        format=file.format,
+        loaded=loaded,
+        missing=[key for key in wanted if key not in found],
+        unexpected=[key for key in found if key not in wanted],
+        mismatched=mismatched,
+        excluded=[key for key in target if key in excluded],
+        zeroed=[key for key in loaded if key in file.zeroed],
+    )
+
+    _check_fit(report, found, wanted, skip_mismatched)
+    set_backbone_style = getattr(model, "set_backbone_style", None)
+    if set_backbone_style and any(key.startswith("fpn.C") for key in loaded):
+        set_backbone_style(file.config["BACKBONE_STYLE"])
+    with torch.no_grad():
+        for key in loaded:
+            target[key].copy_(found[key])
+    if verbose:
+        print(report)
+    return report
+
+
+def _check_fit(
+    report: LoadReport, found: dict[str, Tensor], wanted: dict[str, Tensor], skip_mismatched: bool
+) -> None:
+    path, mismatched = report.path, report.mismatched
+    blocks, model_blocks = _blocks(found), _blocks(wanted)
+    if any(blocks) and any(model_blocks) and blocks != model_blocks:
+        raise ValueError(
+            f"{path} has a backbone of {_depth(blocks)}, the model one of {_depth(model_blocks)}; "
+            "set BACKBONE to that of the file, or load a file for that of the model"
+        )
+    if mismatched and not skip_mismatched:
+        shapes = [f"{k} {tuple(found[k].shape)} / {tuple(wanted[k].shape)}" for k in mismatched[:4]]
+        modules = list(dict.fromkeys(key.rpartition(".")[0] for key in mismatched))
+        raise ValueError(
+            f"{path}: {len(mismatched)} tensors have another shape (file / model): "
+            f"{', '.join(shapes)}{', ...' if len(mismatched) > 4 else ''}; "
+            f"use skip_mismatched=True or exclude={modules}"
+        )
+    backbone = [key in report.loaded for key in wanted if key.startswith("fpn.C")]
+    if sum(backbone) * 2 < len(backbone):
+        raise ValueError(
+            f"{path} fills only {sum(backbone)} of the {len(backbone)} backbone tensors, fpn.C1 to "
+            "fpn.C5; use a file that has them, or exclude=['fpn.C.*'] to keep those of the model"
+        )
+
+
+def save_weights(model: nn.Module, path: str | Path) -> None:
+    """Writes a checkpoint {"model": state_dict, "config": plain values, "version"}, atomically."""
+    config = getattr(model, "config", None)
+    values = _plain(config.to_dict()) if config else {}
+    save_atomic({"model": model.state_dict(), "config": values, "version": VERSION}, path)
+
+
+def save_atomic(data: object, path: str | Path) -> None:
+    """torch.save such that `path` never holds half a file, not even after a power cut."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(data, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    """The value in types that torch.load(weights_only=True) admits; functions by name."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return getattr(value, "__qualname__", str(value))
+
+
+def _matching(names: Sequence[str], keys: Iterable[str]) -> set[str]:
+    """The keys that the names of `exclude` stand for."""
+    matching = set()
+    for name in [names] if isinstance(names, str) else names:
+        if name in WEIGHTLESS_LAYERS:
+            continue
+        module = "rpn" if name == "rpn_model" else _keras_module(name) or name
+        pattern = rf"(?:{module})(?:\..+)?"
+        hits = {key for key in keys if re.fullmatch(pattern, key)}
+        if not hits:
+            known = {key.rpartition(".")[0] for key in keys} | {"fpn", "rpn", "classifier", "mask"}
+            close = difflib.get_close_matches(name, [*KERAS_LAYERS, *sorted(known)])
+            raise ValueError(
+                f"exclude: {name!r} matches nothing in the model or the file; "
+                + (f"did you mean {' or '.join(close)}?" if close else "see model.state_dict()")
+            )
+        matching |= hits
+    return matching
+
+
+def _blocks(keys: Iterable[str]) -> tuple[int, ...]:
+    """The number of residual blocks in C2..C5."""
+    matches = [re.match(r"fpn\.C([2-5])\.(\d+)\.", key) for key in keys]
+    blocks = {match.groups() for match in matches if match}
+    return tuple(sum(stage == number for stage, _ in blocks) for number in "2345")
+
+
+def _depth(blocks: tuple[int, ...]) -> str:
+    name = f" ({RESNETS[blocks]})" if blocks in RESNETS else ""
+    return "-".join(map(str, blocks)) + " blocks" + name
+
+
+def _group(keys: Sequence[str], limit: int = 6) -> str:
+    """mask.conv5.{weight,bias}, ... and 3 more."""
+    leaves: dict[str, list[str]] = {}
+    for key in keys:
+        module, _, leaf = key.rpartition(".")
+        leaves.setdefault(module, []).append(leaf)
+    names = [
+        f"{module}.{leaf[0] if len(leaf) == 1 else '{' + ','.join(leaf) + '}'}"
+        for module, leaf in leaves.items()
+    ]
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+# Reading
+
+
+class WeightFile(NamedTuple):
+    """The content of a weight file under our names.
+
+    Attributes:
+        state_dict: name -> tensor on the CPU.
+        format: "keras", "torchvision", "pytorch" (a plain state_dict) or "checkpoint".
+        config: what the file tells about its model; always has BACKBONE_STYLE.
+        zeroed: convolution biases of the backbone that the file does not have; 0 in state_dict.
+    """
+
+    state_dict: dict[str, Tensor]
+    format: str
+    config: dict[str, Any]
+    zeroed: list[str]
+
+
+def read_state_dict(path: str | Path) -> WeightFile:
+    """Reads a weight file of any known format.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the format is unknown, the file is damaged, or a tensor holds NaN or infinity.
+    """
+    path = _existing(path)
+    with path.open("rb") as file:
+        magic = file.read(8)
+    if magic == b"\x89HDF\r\n\x1a\n":
+        state, kind, config = _read_keras(path)
+    elif magic.startswith((b"PK\x03\x04", b"\x80\x02")):  # zip; before torch 1.6, a pickle
+        state, kind, config = _read_torch(path)
+    else:
+        raise ValueError(
+            f"{path} is neither HDF5 (.h5) nor a torch file (.pth): {path.stat().st_size:,} bytes, "
+            f"starting with {magic!r}; if it is a web page saved in place of it, download it again"
+        )
+    if not any(key.startswith(("fpn.", "rpn.", "classifier.", "mask.")) for key in state):
+        raise ValueError(
+            f"{path} holds neither Mask R-CNN weights nor a ResNet-50 or ResNet-101; "
+            f"its tensors: {_group(list(state)) or 'none'}"
+        )
+    config.setdefault("BACKBONE_STYLE", "torchvision" if kind == "torchvision" else "keras")
+
+    zeroed = []
+    if kind in ("keras", "torchvision"):
+        for key, tensor in list(state.items()):
+            bias = re.sub(r"weight$", "bias", key)
+            if key.startswith("fpn.C") and tensor.ndim == 4 and bias not in state:
+                state[bias] = torch.zeros(len(tensor))
+                zeroed.append(bias)
+    for key, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path} holds NaN or infinity in {key}; use an earlier checkpoint")
+    return WeightFile(state, kind, config, zeroed)
+
+
+# Matterport's layers, except those of the residual blocks, and our modules.
+KERAS_LAYERS = {
+    "conv1": "fpn.C1.0",
+    "bn_conv1": "fpn.C1.1",
+    **{f"fpn_c{i}p{i}": f"fpn.P{i}_conv1" for i in (2, 3, 4, 5)},
+    **{f"fpn_p{i}": f"fpn.P{i}_conv2.1" for i in (2, 3, 4, 5)},
+    "rpn_conv_shared": "rpn.conv_shared",
+    "rpn_class_raw": "rpn.conv_class",
+    "rpn_bbox_pred": "rpn.conv_bbox",
+    **{
+        f"mrcnn_class_{name}{i}": f"classifier.{name}{i}" for name in ("conv", "bn") for i in (1, 2)
+    },
+    "mrcnn_class_logits": "classifier.linear_class",
+    "mrcnn_bbox_fc": "classifier.linear_bbox",
+    **{f"mrcnn_mask_{name}{i}": f"mask.{name}{i}" for name in ("conv", "bn") for i in (1, 2, 3, 4)},
+    "mrcnn_mask_deconv": "mask.deconv",
+    "mrcnn_mask": "mask.conv5",
+}
+# Matterport's tutorials exclude mrcnn_bbox too.
+WEIGHTLESS_LAYERS = ("mrcnn_bbox", "mrcnn_class", "rpn_bbox", "rpn_class")
+
+
+def _keras_module(layer: str) -> str | None:
+    """Our module for a Matterport layer: res4b_branch2a -> fpn.C4.1.conv1."""
+    match = re.fullmatch(r"(res|bn)([2-5])([a-z])_branch(1|2[abc])", layer)
+    if match is None:
+        return KERAS_LAYERS.get(layer)
+    kind, stage, block, branch = match.groups()
+    if branch == "1":
+        part = "downsample.0" if kind == "res" else "downsample.1"
+    else:
+        part = ("conv" if kind == "res" else "bn") + str("abc".index(branch[1]) + 1)
+    return f"fpn.C{stage}.{ord(block) - ord('a')}.{part}"
+
+
+def _read_keras(path: Path) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
+    import h5py
+
+    layers: dict[str, list[np.ndarray]] = {}
+    try:
+        with h5py.File(path, "r") as file:
+            for group_name, group in file.get("model_weights", file).items():
+                for name in _keras_weight_names(group) if isinstance(group, h5py.Group) else ():
+                    # A model inside the model (rpn_model; mask_rcnn after multi-GPU training) has
+                    # the layer in the weight's name, to which TensorFlow appends _1 where a
+                    # session holds two models.
+                    inner = re.sub(r"_\d+$", "", name.split("/")[-2]) if "/" in name else group_name
+                    layer = group_name if _keras_module(group_name) else inner
+                    layers.setdefault(layer, []).append(np.asarray(group[name], np.float32))
+    except (OSError, KeyError) as error:
+        raise ValueError(_damage(path, error)) from error
+
+    state = {}
+    for layer, arrays in layers.items():
+        module = _keras_module(layer) or layer
+        names = ("weight", "bias", "running_mean", "running_var")
+        for name, array in zip(names, arrays, strict=False):
+            if array.ndim == 4:  # HWIO -> OIHW; a deconvolution's HWOI -> IOHW
+                array = array.transpose(3, 2, 0, 1)
+            elif array.ndim == 2:
+                array = array.T
+            state[f"{module}.{name}"] = torch.from_numpy(np.ascontiguousarray(array))
+    return state, "keras", {}
+
+
+def _keras_weight_names(group: Any) -> list[str]:
+    """The weights of one group in Keras' order: kernel, bias; or gamma, beta, mean, variance."""
+    if "weight_names" in group.attrs:
+        return [n.decode() if isinstance(n, bytes) else n for n in group.attrs["weight_names"]]
+    names: list[str] = []
+    group.visititems(lambda name, item: names.append(name) if hasattr(item, "shape") else None)
+    first = re.compile(r"kernel|gamma|_W(_|:|$)")
+    return sorted(names, key=lambda name: (first.search(name) is None, name))
+
+
+def _read_torch(path: Path) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is damaged or holds more than tensors and plain values, which "
+            "torch.load(weights_only=True) refuses; if you trust its origin, load it yourself and "
+            "save its state_dict alone"
+        ) from error
+    except Exception as error:  # a damaged file fails in many ways
+        raise ValueError(_damage(path, error)) from error
+
+    kind, config = "pytorch", {}
+    if isinstance(data, dict) and isinstance(data.get("model"), dict):
+        kind, config, data = "checkpoint", dict(data.get("config") or {}), data["model"]
+    elif isinstance(data, dict) and isinstance(data.get("state_dict"), dict):
+        data = data["state_dict"]
+    if not isinstance(data, dict) or not all(isinstance(item, Tensor) for item in data.values()):
+        raise ValueError(
+            f"{path} must hold a state_dict, alone or under 'model' or 'state_dict', got "
+            f"{', '.join(map(str, data)) if isinstance(data, dict) else type(data).__name__}"
+        )
+
+    state = {
+        re.sub(r"^module\.", "", str(key)): tensor  # DataParallel's prefix
+        for key, tensor in data.items()
+        if not str(key).endswith("num_batches_tracked")
+    }
+    if {"conv1.weight", "layer1.0.conv3.weight"} <= state.keys():
+        return _from_torchvision(state), "torchvision", config
+    return state, kind, config
+
+
+def _from_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """layer1.0.conv2.weight -> fpn.C2.0.conv2.weight; without the classifier fc."""
+    renamed = {}
+    for key, tensor in state.items():
+        key = re.sub(r"^conv1\.", "fpn.C1.0.", key)
+        key = re.sub(r"^bn1\.", "fpn.C1.1.", key)
+        key = re.sub(r"^layer(\d)\.", lambda match: f"fpn.C{int(match[1]) + 1}.", key)
+        if not key.startswith("fc."):
+            renamed[key] = tensor
+    return renamed
+
+
+def _damage(path: Path, error: Exception) -> str:
+    sizes = [s.size for s in SOURCES.values() if s.size and s.url.endswith(f"/{path.name}")]
+    expected = "".join(f", expected {size:,}" for size in sizes)
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    return (
+        f"{path} is damaged or truncated ({path.stat().st_size:,} bytes{expected}): {reason}; "
+        "download or copy it again"
+    )
+
+
+# Finding and downloading
+
+
+def find_weights(name_or_path: str | Path, backbone: object = "resnet101") -> Path:
+    """The file behind a name, downloaded if need be, or behind a path.
+
+    Args:
+        name_or_path: "coco" (mask_rcnn_coco.h5, or .pth), "imagenet" (torchvision's ResNet) or a
+            path. The files of a name are looked for in the working directory, beside this module
+            and in the cache folder.
+        backbone: for "imagenet", "resnet50" or "resnet101".
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no ImageNet weights exist for the backbone.
+        ConnectionError: see download.
+    """
+    name = str(name_or_path)
+    if name == "imagenet":
+        if backbone not in ("resnet50", "resnet101"):
+            raise ValueError(
+                f"'imagenet' needs BACKBONE 'resnet50' or 'resnet101', got {backbone!r}; "
+                "give the path of a file that fits"
+            )
+        name = str(backbone)
+    elif name != "coco":
+        return _existing(name_or_path)
+    file = Path(SOURCES[name].url).name
+    for folder in (Path.cwd(), Path(__file__).resolve().parent, cache_folder()):
+        for candidate in (folder / file, (folder / file).with_suffix(".pth")):
+            if candidate.is_file():
+                return candidate
+    return download(name)
+
+
+def _existing(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        beside = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(path.name, ["coco", "imagenet", *beside])
+        hint = f", did you mean {' or '.join(close)}?" if close else ""
+        raise FileNotFoundError(f"no weight file {path}{hint} (a path, 'coco' or 'imagenet')")
+    return path
+
+
+def cache_folder() -> Path:
+    """$MASK_RCNN_HOME, or mask_rcnn in the user's cache folder."""
+    if home := os.environ.get("MASK_RCNN_HOME"):
+        return Path(home)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mask_rcnn"
+
+
+def download(name: str, folder: str | Path | None = None, progress: bool = True) -> Path:
+    """Downloads a published file once; an interrupted download is resumed.
+
+    Args:
+        name: "coco", "resnet50", "resnet101" (torchvision's) or "resnet50_keras".
+        folder: where to keep it; None is cache_folder().
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: no such name, or the file is not what was published.
+        ConnectionError: the network or the server fails.
+    """
+    if name not in SOURCES:
+        raise ValueError(f"name must be one of {', '.join(SOURCES)}, got {name!r}")
+    source = SOURCES[name]
+    target = (Path(folder) if folder else cache_folder()).absolute() / Path(source.url).name
+    if target.is_file():
+        if fault := _fault(target, source):
+            raise ValueError(f"{target} has {fault}; delete it to download it again")
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(target.name + ".part")
+    try:
+        _fetch(source.url, part, progress)
+    except (
+        urllib.error.URLError,
+        http.client.HTTPException,
+        ConnectionError,
+        TimeoutError,
+    ) as error:
+        raise ConnectionError(
+            f"cannot download {source.url} ({error}); try again, which resumes it, "
+            f"or save that address by other means as {target}"
+        ) from error
+    if fault := _fault(part, source):
+        part.unlink()
+        raise ValueError(f"the download of {source.url} had {fault} and was deleted; try again")
+    os.replace(part, target)
+    return target
+
+
+def _fetch(url: str, part: Path, progress: bool) -> None:
+    """Downloads into `part`, after what is already there."""
+    from tqdm import tqdm
+
+    start = part.stat().st_size if part.is_file() else 0
+    headers = {"User-Agent": "mask-rcnn", **({"Range": f"bytes={start}-"} if start else {})}
+    try:
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30)
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code == 416:  # nothing comes after what is there: whole or wrong, _fault tells
+            return
+        raise
+    if response.status != 206:  # the server sends it from the beginning
+        start = 0
+    length = response.headers["Content-Length"]
+    total = start + int(length) if length else None
+    bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, disable=not progress)
+    with response, bar, part.open("ab" if start else "wb") as file:
+        while chunk := response.read(1 << 20):
+            file.write(chunk)
+            bar.update(len(chunk))
+        size = file.tell()
+    if total is not None and size < total:  # http.client says nothing of it
+        raise ConnectionError(f"the connection broke after {size:,} of {total:,} bytes")
+
+
+def _fault(path: Path, source: Source) -> str | None:
+    """What distinguishes the file from the published one."""
+    size = path.stat().st_size
+    if source.size is not None and size != source.size:
+        return f"{size:,} bytes instead of {source.size:,}"
+    if source.checksum:
+        algorithm, _, expected = source.checksum.partition(":")
+        digest = hashlib.new(algorithm, usedforsecurity=False)
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+        if not digest.hexdigest().startswith(expected):
+            return f"the {algorithm} {digest.hexdigest()} instead of {expected}"
+    return None
+
+
+# Command line
+
+
+def convert(source: str | Path, target: str | Path) -> None:
+    """Writes a weight file of any format as a checkpoint (.pth), which loads faster."""
+    source, target = _existing(source), Path(target)
+    if target.suffix != ".pth" or (target.exists() and target.samefile(source)):
+        raise ValueError(f"OUT must end in .pth and be another file than IN, got {target}")
+    file = read_state_dict(source)
+    save_atomic({"model": file.state_dict, "config": file.config, "version": VERSION}, target)
+
+
+def describe(path: str | Path) -> str:
+    """Format, size, backbone and classes of a weight file, for people."""
+    state, kind, config, _ = read_state_dict(path)
+    numbers = sum(tensor.numel() for tensor in state.values())
+    head = state.get("classifier.linear_class.weight")
+    return (
+        f"{path}: format {kind}, {len(state)} tensors, {numbers:,} numbers\n"
+        f"backbone: {_depth(_blocks(state))}, style {config['BACKBONE_STYLE']}\n"
+        f"classes: {'none, no heads' if head is None else len(head)}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Converts, downloads and describes weight files of Mask R-CNN.",
+        epilog="""examples:
+  python weights.py download coco
+  python weights.py info mask_rcnn_coco.h5
+  python weights.py convert mask_rcnn_coco.h5 mask_rcnn_coco.pth""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("convert", help="write a .h5 or .pth as a checkpoint")
+    command.add_argument("source", metavar="IN", help="any weight file")
+    command.add_argument("target", metavar="OUT", help="the .pth to write")
+    command = commands.add_parser("download", help="fetch published weights")
+    command.add_argument("name", metavar="NAME", help=", ".join(SOURCES))
+    command.add_argument("--folder", help=f"where to keep it (default: {cache_folder()})")
+    command = commands.add_parser("info", help="format, size, backbone and classes of a file")
+    command.add_argument("file", metavar="FILE", help="any weight file")
+    args = parser.parse_args(arguments)
+    try:
+        if args.command == "convert":
+            convert(args.source, args.target)
+        elif args.command == "download":
+            print(download(args.name, args.folder))
+        else:
+            print(describe(args.file))
+    except (OSError, ValueError) as error:
+        print(f"weights.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
