@@ -113,6 +113,7 @@ def operators() -> dict[str, Any]:
 
 setup(
     packages=PACKAGES,
+    include_package_data=False,
     py_modules=[name for name in MODULES if Path(f"{name}.py").is_file()],
     **operators(),
 )

@@ -38,7 +38,14 @@ LABEL_PADDING = 0.22  # of the font size
 LABEL_STYLE = f"round,pad={LABEL_PADDING},rounding_size=0.25"
 DOTTED = (0, (1.5, 1))
 FILE_BACKENDS = {"agg", "cairo", "pdf", "pgf", "ps", "svg", "template"}
-LOSS_NAMES = ("loss", "rpn_class_loss", "rpn_bbox_loss", "class_loss", "bbox_loss", "mask_loss")
+LOSS_NAMES = (
+    "loss",
+    "rpn_class_loss",
+    "rpn_bbox_loss",
+    "mrcnn_class_loss",
+    "mrcnn_bbox_loss",
+    "mrcnn_mask_loss",
+)
 
 
 # --- Colours and pixels --------------------------------------------------------------------------
