@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     """Does what the command line asks; returns the number of images that could not be read."""
     if not 0 <= args.min_confidence <= 1:
         raise ValueError(f"--min-confidence must be in 0..1, got {args.min_confidence}")
-    paths: Iterable[Path | None] = find_images(args.images) or [None]
+    paths: list[Path | None] = [*find_images(args.images)] or [None]
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = modellib.MaskRCNN.from_weights(
         args.model, DETECTION_MIN_CONFIDENCE=args.min_confidence
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     output.mkdir(parents=True, exist_ok=True)
 
     broken, used = 0, set()
-    for path in tqdm(paths, unit="image", disable=len(args.images) == 0):
+    for path in tqdm(paths, unit="image", disable=len(paths) == 1):
         try:
             image = sample_image() if path is None else utils.load_image(path)
         except (OSError, ValueError) as error:

@@ -152,6 +152,7 @@ def build_backbone(config: Config) -> list[nn.Module]:
         return resnet(BLOCKS[backbone], in_channels=config.IMAGE_CHANNEL_COUNT)
     if isinstance(backbone, dict):
         return resnet(**backbone, in_channels=config.IMAGE_CHANNEL_COUNT)
+    assert backbone is not None
     stages = list(backbone(config))
     if len(stages) != 5:
         raise ValueError(f"BACKBONE must return the five modules C1..C5, got {len(stages)}")
@@ -175,11 +176,17 @@ class FPN(nn.Module):
     def __init__(self, stages: Sequence[nn.Module], in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.C1, self.C2, self.C3, self.C4, self.C5 = stages
-        for level, channels in zip((2, 3, 4, 5), self._channels(in_channels), strict=True):
-            self.add_module(f"P{level}_conv1", nn.Conv2d(channels, out_channels, 1))
-            conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        c2, c3, c4, c5 = self._channels(in_channels)
+
+        def smooth() -> nn.Module:
             # Upstream: a padding layer came first, hence the key P2_conv2.1.weight.
-            self.add_module(f"P{level}_conv2", nn.Sequential(OrderedDict({"1": conv2})))
+            conv = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+            return nn.Sequential(OrderedDict({"1": conv}))
+
+        self.P5_conv1, self.P5_conv2 = nn.Conv2d(c5, out_channels, 1), smooth()
+        self.P4_conv1, self.P4_conv2 = nn.Conv2d(c4, out_channels, 1), smooth()
+        self.P3_conv1, self.P3_conv2 = nn.Conv2d(c3, out_channels, 1), smooth()
+        self.P2_conv1, self.P2_conv2 = nn.Conv2d(c2, out_channels, 1), smooth()
 
     @torch.no_grad()
     def _channels(self, in_channels: int) -> list[int]:
@@ -374,8 +381,8 @@ class Mask(nn.Module):
         x = F.relu(self.deconv(x), inplace=True)
         # conv5 for the wanted class of each roi only, one of K.
         weight = self.conv5.weight[class_ids].flatten(1)  # [R, C]
-        logits = torch.einsum("rchw,rc->rhw", x, weight)
-        return logits + self.conv5.bias[class_ids, None, None]
+        assert self.conv5.bias is not None
+        return torch.einsum("rchw,rc->rhw", x, weight) + self.conv5.bias[class_ids, None, None]
 
 
 ############################################################
@@ -685,8 +692,8 @@ class MaskRCNN(nn.Module):
                 " use IMAGE_RESIZE_MODE 'pad64'"
             )
         molded = torch.from_numpy(np.stack([item.image for item in resized]))
-        windows = np.stack([item.window for item in resized])
-        windows = torch.from_numpy(utils.norm_boxes(windows, (height, width)))
+        corners = np.stack([item.window for item in resized])
+        windows = torch.from_numpy(utils.norm_boxes(corners, (height, width)))
         return molded.to(self.device).permute(0, 3, 1, 2), windows.to(self.device)
 
 

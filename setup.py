@@ -16,7 +16,17 @@ from typing import Any
 
 from setuptools import Extension, setup
 
-MODULES = "coco config dataset demo model training utils visualize weights".split()
+MODULES = [
+    "config",
+    "utils",
+    "weights",
+    "dataset",
+    "visualize",
+    "training",
+    "model",
+    "coco",
+    "demo",
+]
 PACKAGES = ["nms", "roialign"]
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 
@@ -36,7 +46,7 @@ def architecture_flags(cuda: Path) -> list[str]:
     """Code for every architecture that this nvcc knows, and PTX of the last for later ones."""
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return []  # torch turns it into flags
-    command = [cuda / "bin" / "nvcc", "--list-gpu-arch"]
+    command = [str(cuda / "bin" / "nvcc"), "--list-gpu-arch"]
     known = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     codes = [code for code in ARCHITECTURES if f"compute_{code}" in known]
     flags = [f"-gencode=arch=compute_{code},code=sm_{code}" for code in codes]
@@ -61,14 +71,20 @@ def operators() -> dict[str, Any]:
     except (ImportError, OSError) as error:
         warn("nms and roialign are not compiled: torch cannot be imported", error)
         return {}
+    nvcc = []
     if torch.version.cuda is None:
         cuda = None
+    elif cuda:
+        try:
+            nvcc = ["-O3", "-fmad=false", "--threads=2", *architecture_flags(cuda)]
+        except (OSError, subprocess.CalledProcessError, IndexError) as error:
+            warn("nms and roialign are not compiled for CUDA: nvcc does not run", error)
+            cuda = None
 
     # No fused multiply-add: TensorFlow's arithmetic, and the same bits on every device.
     cxx = ["/O2"] if os.name == "nt" else ["-O3", "-g0", "-ffp-contract=off"]
     if sys.platform == "linux" and torch.backends.openmp.is_available():
         cxx.append("-fopenmp")
-    nvcc = ["-O3", "-fmad=false", "--threads=2", *architecture_flags(cuda)] if cuda else []
 
     def extension(package: str) -> Extension:
         folder = Path(package, "csrc")
@@ -87,22 +103,22 @@ def operators() -> dict[str, Any]:
     class BuildOperators(cpp_extension.BuildExtension):
         """Builds with CUDA, else without, else nothing: the install itself does not fail."""
 
+        compiler: Any
+        extensions: list[Extension]
+
         def run(self) -> None:
             compiler = self.compiler
-            try:
-                return super().run()
-            except Exception as error:
-                warn(f"nms and roialign are not compiled{' for CUDA' * bool(cuda)}", error)
-            if cuda:
-                for ext in self.extensions:
-                    ext.sources = [name for name in ext.sources if name.endswith(".cpp")]
-                    ext.libraries = [name for name in ext.libraries if "cuda" not in name]
-                    ext.define_macros = []
+            for target in ("CUDA", "CPU") if cuda else ("CPU",):
+                if target == "CPU":
+                    for ext in self.extensions:
+                        ext.sources = [name for name in ext.sources if name.endswith(".cpp")]
+                        ext.libraries = [name for name in ext.libraries if "cuda" not in name]
+                        ext.define_macros = []
                 self.compiler = compiler
                 try:
                     return super().run()
                 except Exception as error:
-                    warn("nms and roialign are not compiled", error)
+                    warn(f"nms and roialign are not compiled for {target}", error)
             self.extensions = []
 
     return {

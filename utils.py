@@ -646,13 +646,7 @@ def _expand_counts(text: bytes) -> np.ndarray:
     last = characters & 32 == 0
     ends = np.flatnonzero(last)
     lengths = np.diff(ends, prepend=-1)
-    if (
-        len(text) == 0
-        or not last[-1]
-        or characters.min() < 0
-        or characters.max() > 63
-        or lengths.max() > 12
-    ):
+    if len(text) == 0 or not last[-1] or characters.min() < 0 or characters.max() > 63:
         raise ValueError(f"run lengths must be in COCO's compressed format, got {text[:20]!r}")
     starts = ends - lengths + 1
     shifts = 5 * (np.arange(len(characters)) - starts.repeat(lengths))

@@ -83,12 +83,13 @@ def apply_mask(
     image: np.ndarray, mask: np.ndarray, color: Sequence[float] | np.ndarray, alpha: float = 0.5
 ) -> np.ndarray:
     """Blends `color` (RGB in 0..1) into `image` [H, W, 3] where `mask` [H, W] is set, in place."""
+    where = mask.astype(bool)
     for channel in range(3):
         values = image[..., channel]
         blend = values * np.float32(1 - alpha) + np.float32(alpha * 255 * color[channel])
         if image.dtype.kind in "iu":
             blend = np.rint(blend)
-        np.copyto(values, blend, where=mask.astype(bool), casting="unsafe")
+        np.copyto(values, blend, where=where, casting="unsafe")
     return image
 
 
@@ -142,7 +143,7 @@ def _finish(figure: Any, show: bool, save_path: str | Path | None) -> None:
 
 
 def _canvas(height: int, width: int, dpi: float) -> Figure:
-    # Rounded up: Agg truncates the product with dpi, which must not fall below the whole number.
+    # Rounded up: matplotlib 3.7 truncates the product with dpi, which must not fall below a whole.
     figure = Figure((math.nextafter(width / dpi, width), math.nextafter(height / dpi, height)), dpi)
     FigureCanvasAgg(figure)
     return figure

@@ -241,7 +241,7 @@ def _group(keys: Sequence[str], limit: int = 6) -> str:
         module, _, leaf = key.rpartition(".")
         leaves.setdefault(module, []).append(leaf)
     names = [
-        f"{module}.{leaf[0] if len(leaf) == 1 else '{' + ','.join(leaf) + '}'}"
+        f"{module}.{leaf[0]}" if len(leaf) == 1 else f"{module}.{{{','.join(leaf)}}}"
         for module, leaf in leaves.items()
     ]
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
@@ -304,6 +304,29 @@ def read_state_dict(path: str | Path) -> WeightFile:
         if not tensor.isfinite().all():
             raise ValueError(f"{path} holds NaN or infinity in {key}; use an earlier checkpoint")
     return WeightFile(state, kind, config, zeroed)
+
+
+def read_options(path: str | Path) -> dict[str, Any]:
+    """Options of Config for a model that fits a weight file.
+
+    Our checkpoints hold all of them; elsewhere the shapes tell the backbone, widths and classes.
+    Raises what read_state_dict raises, and ValueError where the file has no heads.
+    """
+    state, _, config, _ = read_state_dict(path)
+    if "classifier.linear_class.weight" not in state or "rpn.conv_class.weight" not in state:
+        raise ValueError(f"{path} has no heads: it can start a training, not detect")
+    blocks, width = _blocks(state), len(state["fpn.C1.0.weight"])
+    classes, channels = state["classifier.linear_class.weight"].shape
+    return {
+        "BACKBONE": RESNETS.get(blocks)
+        if width == 64 and blocks in RESNETS
+        else {"blocks": blocks, "width": width},
+        "NUM_CLASSES": classes,
+        "FPN_CLASSIF_FC_LAYERS_SIZE": channels,
+        "TOP_DOWN_PYRAMID_SIZE": len(state["fpn.P2_conv1.weight"]),
+        "RPN_CHANNELS": len(state["rpn.conv_shared.weight"]),
+        **config,
+    }
 
 
 # Matterport's layers, except those of the residual blocks, and our modules.
@@ -377,8 +400,8 @@ def _keras_weight_names(group: Any) -> list[str]:
         return [n.decode() if isinstance(n, bytes) else n for n in group.attrs["weight_names"]]
     names: list[str] = []
     group.visititems(lambda name, item: names.append(name) if hasattr(item, "shape") else None)
-    first = re.compile(r"kernel|gamma|_W(_|:|$)")
-    return sorted(names, key=lambda name: (first.search(name) is None, name))
+    # Sorted by name, as old kernels (_W) and biases (_b) and the rest of a BatchNorm are right.
+    return sorted(names, key=lambda name: (not re.search("kernel|gamma", name), name))
 
 
 def _read_torch(path: Path) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
@@ -512,12 +535,7 @@ def download(name: str, folder: str | Path | None = None, progress: bool = True)
     part = target.with_name(target.name + ".part")
     try:
         _fetch(source.url, part, progress)
-    except (
-        urllib.error.URLError,
-        http.client.HTTPException,
-        ConnectionError,
-        TimeoutError,
-    ) as error:
+    except (OSError, http.client.HTTPException) as error:
         raise ConnectionError(
             f"cannot download {source.url} ({error}); try again, which resumes it, "
             f"or save that address by other means as {target}"

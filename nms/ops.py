@@ -101,7 +101,7 @@ def _overlaps(a: Tensor, b: Tensor, iou_threshold: float) -> Tensor:
 
 
 def _nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """The plain torch kernel: takes the best boxes a block at a time and drops what they suppress."""
+    """The plain torch kernel: keeps the best boxes of a block and drops what they suppress."""
     if boxes.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"nms: boxes must be float32 or float64, got {boxes.dtype}; use .float()")
     unscored = scores.isnan()

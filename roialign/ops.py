@@ -85,7 +85,7 @@ def _empty(values: Tensor, count: int, height: int, width: int) -> Tensor:
 
 
 def _taps(start: Tensor, end: Tensor, count: int, size: int) -> tuple[Tensor, ...]:
-    """Pixel before and after each sample of an axis, share of the latter, inside; all [R, count]."""
+    """Per sample of an axis the pixels around it, the share of the second, inside: [R, count]."""
     last = size - 1
     if count > 1:
         # As a tensor: CUDA would replace the division by a number with a multiplication.
@@ -146,11 +146,11 @@ def _forward(
     crop_width: int,
     extrapolation_value: float,
 ) -> Tensor:
-    images, channels, height, width = image.shape
+    images, _, height, width = image.shape
     rows, down, across, inside = _points(
         image, boxes, box_index, (crop_height, crop_width), (images, height, width)
     )
-    pixels = image.permute(0, 2, 3, 1).reshape(-1, channels)
+    pixels = image.permute(0, 2, 3, 1).flatten(0, 2)
     top_left, top_right, bottom_left, bottom_right = (pixels[row] for row in rows)
     top = top_left + (top_right - top_left) * across
     bottom = bottom_left + (bottom_right - bottom_left) * across

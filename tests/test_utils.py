@@ -7,7 +7,6 @@ import logging
 import math
 import pickle
 import random
-import sys
 import warnings
 
 import numpy as np
@@ -15,9 +14,10 @@ import pytest
 import scipy.ndimage
 import torch
 import torchvision
-from conftest import SHARED, load_golden
+from conftest import load_golden
 from PIL import Image
 from pycocotools import mask as coco_mask
+from reference_inputs import uniform
 from skimage.transform import resize as skimage_resize
 
 import utils
@@ -31,15 +31,6 @@ CUDA = pytest.param(
 @pytest.fixture
 def golden():
     return load_golden(GOLDEN)
-
-
-@pytest.fixture
-def inputs(golden, monkeypatch):
-    monkeypatch.syspath_prepend(str(SHARED / "golden"))
-    import inputs
-
-    yield inputs
-    del sys.modules["inputs"]
 
 
 def unpack(packed, shape):
@@ -123,6 +114,15 @@ def test_norm_and_denorm_are_inverse():
 def test_denorm_rounds_half_to_even():
     unit = np.array([[0.5, 1.5, 1.5, 2.5]]) / 4  # pixels 0.5, 1.5, 2.5, 3.5 of a 5 x 5 image
     np.testing.assert_array_equal(utils.denorm_boxes(unit, (5, 5)), [[0, 2, 2, 4]])
+
+
+def test_denorm_computes_in_float64():
+    unit = np.random.default_rng(4).random((20000, 4)).astype(np.float32)
+    scale = np.array([4095, 5119, 4095, 5119])
+    expected = np.around(unit.astype(np.float64) * scale + [0, 0, 1, 1])
+    in_float32 = np.around(unit * scale.astype(np.float32) + np.float32([0, 0, 1, 1]))
+    assert (expected != in_float32).any()
+    np.testing.assert_array_equal(utils.denorm_boxes(unit, (4096, 5120)), expected)
 
 
 def test_deltas_by_hand():
@@ -409,14 +409,23 @@ def test_resize_by_hand():
     assert utils.resize(np.ones((3, 4, 0)), (6, 5)).shape == (6, 5, 0)
 
 
-@pytest.mark.parametrize(
-    "case",
-    ["square_up", "square_down", "square_noscale", "pad64", "pad64_minscale", "none", "crop"],
-)
-def test_resize_image_matches_reference(golden, inputs, case):
-    arguments = inputs.RESIZE_CASES[case][2]
+RESIZE_CASES = {
+    "square_up": (60, 90, {"min_dim": 100, "max_dim": 128}),
+    "square_down": (150, 101, {"min_dim": 100, "max_dim": 128}),
+    "square_noscale": (100, 128, {"min_dim": 100, "max_dim": 128}),
+    "pad64": (70, 90, {"min_dim": 128, "mode": "pad64"}),
+    "pad64_minscale": (70, 90, {"min_dim": 64, "min_scale": 2.0, "mode": "pad64"}),
+    "none": (33, 47, {"min_dim": 64, "max_dim": 64, "mode": "none"}),
+    "crop": (90, 120, {"min_dim": 64, "min_scale": 1.25, "mode": "crop"}),
+}
+
+
+@pytest.mark.parametrize("case", RESIZE_CASES)
+def test_resize_image_matches_reference(golden, case):
+    height, width, arguments = RESIZE_CASES[case]
+    image = np.floor(uniform(f"resize/{case}", (height, width, 3)) * 256).astype(np.uint8)
     random.seed(5)
-    resized = utils.resize_image(inputs.resize_image_input(case), **arguments)
+    resized = utils.resize_image(image, **arguments)
     expected = {k: golden[f"resize_image/{case}/{k}"] for k in ("out", "window", "scale")}
     np.testing.assert_array_equal(resized.image, expected["out"])
     assert resized.image.dtype == np.uint8
@@ -426,7 +435,7 @@ def test_resize_image_matches_reference(golden, inputs, case):
     crop = golden[f"resize_image/{case}/crop"].tolist()
     assert (-1 if resized.crop is None else list(resized.crop)) == crop
 
-    mask = inputs.resize_mask_input(case)
+    mask = uniform(f"resizemask/{case}", (height, width, 3)) > 0.6
     mask = utils.resize_mask(mask, resized.scale, resized.padding, resized.crop)
     packed, shape = (golden[f"resize_mask/{case}/{k}"] for k in ("out_packed", "out_shape"))
     np.testing.assert_array_equal(mask, unpack(packed, shape))
@@ -685,9 +694,14 @@ def test_rle_decode_of_counts():
 
 
 def test_rle_refuses():
-    good = utils.rle_encode(np.eye(9, dtype=bool))
-    for counts in ("", good["counts"][:-1], good["counts"] + "1", "~~", "\x7f", b"\xff" * 3):
-        with pytest.raises(ValueError, match="run lengths must"):
+    good = utils.rle_encode(np.eye(9, dtype=bool))["counts"]
+    high = good[:-1] + chr(ord(good[-1]) + 64)  # the same five bits
+    low = chr(ord("@") - 64) + good[1:]
+    for counts in ("", good + "P", high, low, "~~", b"\xff" * 3):
+        with pytest.raises(ValueError, match="run lengths must be in COCO's compressed format"):
+            utils.rle_decode({"size": [9, 9], "counts": counts})
+    for counts in (good[:-1], good + "1"):
+        with pytest.raises(ValueError, match=r"add up to 9 \* 9 = 81, got a sum of"):
             utils.rle_decode({"size": [9, 9], "counts": counts})
     for counts in ([80], [90, -9], "P" * 20 + "0"):
         with pytest.raises(ValueError, match="run lengths must"):
@@ -835,6 +849,17 @@ def test_the_first_prediction_is_not_matched_twice():
     gt, pred = instances([SQUARE], [1]), instances([SQUARE, SQUARE], [1, 1], [0.9, 0.8])
     gt_match, pred_match, _ = utils.compute_matches(*gt, *pred)
     assert (gt_match.tolist(), pred_match.tolist()) == ([0], [0, -1])
+
+
+def test_predictions_of_equal_score_keep_their_order():
+    rng = np.random.default_rng(15)
+    boxes = [(0, 0, 10, width) for width in rng.integers(1, 11, 100)]
+    scores = rng.choice([0.2, 0.5, 0.9], 100)
+    _, _, overlaps = utils.compute_matches(
+        *instances([SQUARE], [1]), *instances(boxes, [1] * 100, scores)
+    )
+    order = sorted(range(100), key=lambda i: -scores[i])
+    np.testing.assert_allclose(overlaps[:, 0], [boxes[i][3] / 10 for i in order])
 
 
 def test_ap_without_objects_or_predictions():

@@ -179,8 +179,10 @@ def write_keras(path, model, era="keras2", layers=LAYERS):
             group = "mask_rcnn" if era == "multi_gpu" else group
             for short, array in keras_arrays(model, layer):
                 name = f"{layer}/{short}:0"
-                if era == "keras1" and group == layer:
+                if era in ("keras1", "bare1") and group == layer:
                     name = f"{layer}_{OLD_NAMES[short]}_1:0"
+                elif era == "wrapped" and group.startswith("mrcnn_"):  # TimeDistributed
+                    name = f"conv2d_3/{short}:0"
                 elif era == "second_model":  # the second model of a TensorFlow 1 session
                     name = f"{layer}_1/{short}:0"
                 elif era == "scoped":
@@ -192,13 +194,14 @@ def write_keras(path, model, era="keras2", layers=LAYERS):
             names = [name for name, _ in items]
             if era == "str":
                 created.attrs["weight_names"] = names
-            elif era != "bare":
+            elif era not in ("bare", "bare1"):
                 created.attrs["weight_names"] = [name.encode() for name in names]
             for name, array in items:
                 created[name] = array
 
 
-ERAS = ["keras2", "keras1", "save", "multi_gpu", "second_model", "scoped", "str", "bare"]
+ERAS = ["keras2", "keras1", "save", "multi_gpu", "second_model", "scoped", "wrapped", "str"]
+ERAS += ["bare", "bare1"]  # without the attribute weight_names
 
 
 # Keras

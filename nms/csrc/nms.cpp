@@ -7,6 +7,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <tuple>
@@ -17,8 +18,6 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-
-#include <algorithm>
 
 #include "nms_cuda.h"
 #endif
@@ -69,13 +68,16 @@ struct Ranked {
 
 // A NaN score ranks last, and its box becomes NaN so that it overlaps nothing.
 Ranked rank_boxes(const at::Tensor& boxes, const at::Tensor& scores) {
-  TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 4, "nms: boxes must be [N, 4], got ",
-              boxes.sizes());
-  TORCH_CHECK(scores.dim() == 1 && scores.size(0) == boxes.size(0),
-              "nms: scores must be [N] with the N of boxes, got ", scores.sizes(), " and ",
-              boxes.sizes());
-  TORCH_CHECK(scores.device() == boxes.device(), "nms: boxes and scores must be on one device, got ",
-              boxes.device(), " and ", scores.device());
+  TORCH_CHECK_TYPE(boxes.scalar_type() == at::kFloat || boxes.scalar_type() == at::kDouble,
+                   "nms: boxes must be float32 or float64, got ", boxes.dtype());
+  TORCH_CHECK_VALUE(boxes.dim() == 2 && boxes.size(1) == 4, "nms: boxes must be [N, 4], got ",
+                    boxes.sizes());
+  TORCH_CHECK_VALUE(scores.dim() == 1 && scores.size(0) == boxes.size(0),
+                    "nms: scores must be [N] with the N of boxes, got ", scores.sizes(), " and ",
+                    boxes.sizes());
+  TORCH_CHECK_VALUE(scores.device() == boxes.device(),
+                    "nms: boxes and scores must be on one device, got ", boxes.device(), " and ",
+                    scores.device());
   const at::Tensor unscored = scores.isnan();
   const at::Tensor key = scores.masked_fill(unscored, -std::numeric_limits<double>::infinity());
   const at::Tensor order = std::get<1>(key.sort(/*stable=*/true, /*dim=*/0, /*descending=*/true));

@@ -26,7 +26,8 @@ __global__ void find_overlaps(const T* boxes, int64_t count, T threshold, int64_
 
   __shared__ Box<T> columns[kBlock];
   const int thread = threadIdx.x;
-  if (first_column + thread < count) columns[thread] = make_box(boxes + 4 * (first_column + thread));
+  const int64_t column = first_column + thread;
+  if (column < count) columns[thread] = make_box(boxes + 4 * column);
   __syncthreads();
 
   const int64_t row = first_row + thread;

@@ -36,8 +36,11 @@ struct Sample {
 template <class T>
 __device__ Sample<T> find_sample(const Shape& shape, const T* boxes, const int64_t* box_index,
                                  int64_t k) {
-  int64_t channel = k % shape.channels;
-  if (shape.channels_last) k /= shape.channels;
+  int64_t channel = 0;
+  if (shape.channels_last) {
+    channel = k % shape.channels;
+    k /= shape.channels;
+  }
   const int64_t j = k % shape.crop_width;
   k /= shape.crop_width;
   const int64_t i = k % shape.crop_height;

@@ -1,0 +1,166 @@
+"""The demo as a person runs it, with a small network of random weights."""
+
+import json
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+from reference_inputs import synthetic_image
+from test_model import TinyConfig
+
+import demo
+import utils
+import weights
+from coco import CATEGORY_IDS, CLASS_NAMES, build_coco_results
+from model import MaskRCNN
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model") / "tiny.pth"
+    weights.save_weights(MaskRCNN(TinyConfig()), path)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name, size in (("one.png", (60, 90)), ("two.jpg", (90, 60))):
+        Image.fromarray(synthetic_image(*size)).save(folder / name)
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def run(model_path, tmp_path, *arguments):
+    common = ("--model", str(model_path), "--output", str(tmp_path / "out"))
+    return demo.main([*map(str, arguments), *common, "--min-confidence", "0"])
+
+
+# pycocotools and numpy 2 disagree about __array__.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_a_folder_gives_a_picture_and_results_for_each_image(model_path, photos, tmp_path, capsys):
+    assert run(model_path, tmp_path, photos, "--json") == 0
+    out = tmp_path / "out"
+    names = ["one.json", "one_detections.png", "two.json", "two_detections.png"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    picture = utils.load_image(out / "one_detections.png")
+    assert picture.shape == (60, 90, 3)
+    assert (picture != synthetic_image(60, 90)).any()
+
+    model = MaskRCNN.from_weights(model_path, DETECTION_MIN_CONFIDENCE=0.0)
+    expected = model.detect([synthetic_image(60, 90)])[0]
+    results = json.loads((out / "one.json").read_text())
+    assert len(results) == len(expected["scores"]) > 0
+    for i, found in enumerate(results):
+        y1, x1, y2, x2 = expected["rois"][i].tolist()
+        assert found["image_id"] == "one"
+        assert found["category_id"] == expected["class_ids"][i]
+        assert found["bbox"] == [x1, y1, x2 - x1, y2 - y1]
+        assert found["score"] == pytest.approx(expected["scores"][i])
+        decoded = coco_mask.decode(found["segmentation"]).astype(bool)
+        np.testing.assert_array_equal(decoded, expected["masks"][:, :, i])
+    assert f"one.png: {len(results)} objects" in capsys.readouterr().out
+
+
+def test_stages_are_four_pictures_of_the_same_detections(model_path, photos, tmp_path):
+    assert run(model_path, tmp_path, photos / "one.png", "--stages", "--json") == 0
+    out = tmp_path / "out"
+    stages = ["one_1_anchors", "one_2_refinement", "one_3_masks", "one_4_final"]
+    assert sorted(path.stem for path in out.glob("*.png")) == stages
+    staged = json.loads((out / "one.json").read_text())
+    assert run(model_path, tmp_path, photos / "one.png", "--json") == 0
+    assert json.loads((out / "one.json").read_text()) == staged
+    plain, final = (utils.load_image(out / f"one_{n}.png") for n in ("detections", "4_final"))
+    np.testing.assert_array_equal(plain, final)
+
+
+def test_without_arguments_it_takes_a_photograph_at_hand(model_path, tmp_path):
+    assert run(model_path, tmp_path) == 0
+    picture = utils.load_image(tmp_path / "out" / "astronaut_detections.png")
+    assert picture.shape == (512, 512, 3)
+
+
+def test_a_broken_image_is_named_and_the_rest_is_done(model_path, photos, tmp_path, capsys):
+    (photos / "broken.png").write_bytes((photos / "one.png").read_bytes()[:200])
+    assert run(model_path, tmp_path, photos) == 1
+    captured = capsys.readouterr()
+    assert "skipped" in captured.err
+    assert "broken.png" in captured.err
+    assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+def test_images_of_one_name_do_not_overwrite_each_other(model_path, photos, tmp_path):
+    Image.fromarray(utils.load_image(photos / "one.png")).save(photos / "one.jpg")
+    assert run(model_path, tmp_path, photos) == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"one_detections.png", "one-2_detections.png"} < names
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.jpg"], "no image or folder nowhere.jpg"),
+        (["--min-confidence", "70"], "--min-confidence must be in 0..1, got 70"),
+        (["--model", "nowhere.pth"], "no weight file nowhere.pth"),
+        (["--device", "toaster"], "toaster"),
+    ],
+)
+def test_bad_arguments_get_one_line_and_status_2(model_path, tmp_path, capsys, arguments, message):
+    common = ["--model", str(model_path), "--output", str(tmp_path / "out")]
+    assert demo.main([*common, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("demo.py: ")
+    assert error.count("\n") == 1
+
+
+def test_an_empty_folder_is_refused(model_path, tmp_path, capsys):
+    assert run(model_path, tmp_path, tmp_path) == 2
+    assert "no images in the folder" in capsys.readouterr().err
+
+
+def test_without_network_one_line_says_which_file_to_put_where(tmp_path, capsys, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
+    monkeypatch.setenv("MASK_RCNN_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    assert demo.main(["--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert weights.SOURCES["coco"].url in error
+    assert str(tmp_path / "cache" / "mask_rcnn_coco.h5") in error
+    assert error.count("\n") == 1
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    path.write_text("old")
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(demo.Path, "write_text", fail)
+    with pytest.raises(OSError, match="disk full"):
+        demo.write(path, [])
+    assert [item.name for item in tmp_path.iterdir()] == ["x.json"]
+    assert path.read_text() == "old"
+
+
+def test_coco_results_have_the_category_ids_of_the_annotations():
+    result = {
+        "rois": np.array([[1, 2, 11, 22]], np.int32),
+        "class_ids": np.array([CLASS_NAMES.index("toothbrush")], np.int32),
+        "scores": np.array([0.5], np.float32),
+        "masks": [{"size": [30, 30], "counts": "abc"}],
+    }
+    (found,) = build_coco_results(139, result, CATEGORY_IDS)
+    assert (found["image_id"], found["category_id"]) == (139, 90)
+    assert found["bbox"] == [2, 1, 20, 10]
+    json.dumps(found)

@@ -1,0 +1,347 @@
+"""crop_and_resize: both CPU kernels against a loop, TensorFlow's numbers and edge cases."""
+
+import math
+
+import numpy as np
+import pytest
+import reference
+import torch
+from conftest import load_golden
+from reference_inputs import uniform
+from test_nms import run_unbuilt
+
+import roialign as package
+from roialign import crop_and_resize, is_compiled, ops
+from roialign.ops import _backward as plain_backward
+from roialign.ops import _forward as plain_forward
+
+NAN, INF = math.nan, math.inf
+needs_compiled = pytest.mark.skipif("cpu" not in is_compiled(), reason="roialign is not compiled")
+
+
+def operator(image, boxes, box_index, crop_height, crop_width, extrapolation_value=0.0):
+    return torch.ops.roialign.crop_and_resize(
+        image, boxes, box_index, crop_height, crop_width, extrapolation_value
+    )
+
+
+def plain(image, boxes, box_index, crop_height, crop_width, extrapolation_value=0.0):
+    return plain_forward(image, boxes, box_index, crop_height, crop_width, extrapolation_value)
+
+
+both_kernels = pytest.mark.parametrize(
+    "kernel",
+    [pytest.param(plain, id="plain"), pytest.param(operator, id="compiled", marks=needs_compiled)],
+)
+both_layouts = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+
+
+def sample(dtype=torch.float32, layout=torch.contiguous_format, boxes=12, seed=0):
+    """An image [3, 5, 9, 13] and boxes inside, across and outside of it, some of them flipped."""
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randn(3, 5, 9, 13, generator=generator, dtype=dtype)
+    corners = torch.rand(boxes, 4, generator=generator, dtype=dtype) * 1.6 - 0.3
+    index = torch.randint(3, (boxes,), generator=generator)
+    return image.contiguous(memory_format=layout), corners, index
+
+
+@both_kernels
+@both_layouts
+@pytest.mark.parametrize("size", [(7, 7), (1, 1), (1, 4), (3, 1), (14, 2)])
+@pytest.mark.parametrize("value", [0.0, -1.5])
+def test_crops_what_a_loop_crops(kernel, layout, size, value):
+    image, boxes, index = sample(layout=layout)
+    crops = kernel(image, boxes, index, *size, value)
+    expected = reference.crop_and_resize(image.numpy(), boxes.numpy(), index, *size, value)
+    assert crops.dtype == torch.float32
+    np.testing.assert_allclose(crops.numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+@both_kernels
+@both_layouts
+@pytest.mark.parametrize(("size", "name"), [((5, 7), "out5x7"), ((1, 1), "out1x1")])
+def test_crops_what_tensorflow_crops(kernel, layout, size, name):
+    golden = load_golden("training_side.npz")
+    image = torch.from_numpy((uniform("car/im", (1, 9, 11, 2)) * 2 - 1).astype(np.float32))
+    boxes = torch.from_numpy(golden["crop_and_resize/boxes"])
+    image = image.permute(0, 3, 1, 2).contiguous(memory_format=layout)
+    crops = kernel(image, boxes, torch.zeros(5, dtype=torch.int32), *size)
+    expected = golden[f"crop_and_resize/{name}"]
+    np.testing.assert_allclose(crops.permute(0, 2, 3, 1).numpy(), expected, rtol=0, atol=2e-7)
+    assert ((crops.permute(0, 2, 3, 1).numpy() == 0) == (expected == 0)).all()
+
+
+@both_kernels
+@pytest.mark.parametrize(
+    ("name", "side", "image"),
+    [
+        ("small", 256, "photo1"),
+        ("small", 256, "synth"),
+        ("coco", 1024, "photo1"),
+        ("coco", 1024, "synth"),
+    ],
+)
+def test_border_samples_are_where_tensorflow_has_them(kernel, name, side, image):
+    """Of the rois that end at exactly 1, those with a row or column of zeros, and no others."""
+    golden = load_golden(f"inference_{name}.npz")
+    rois = torch.from_numpy(golden[f"{image}/rpn_rois"])
+    height, width = (rois[:, 2:] - rois[:, :2]).unbind(1)
+    level = (4 + torch.log2((height * width).sqrt() / (224 / side))).round().clamp(2, 5)
+    outside = torch.zeros(len(rois), dtype=torch.bool)
+    for number in range(2, 6):
+        at_level = (level == number).nonzero().squeeze(1)
+        ones = torch.ones(1, 1, side >> number, side >> number)
+        crops = kernel(ones, rois[at_level], torch.zeros_like(at_level), 7, 7)
+        outside[at_level] = (crops == 0).flatten(1).any(1)
+    assert outside.nonzero().squeeze(1).tolist() == golden[f"{image}/edge_zeroed_rois"].tolist()
+
+
+@both_kernels
+def test_a_grid_drawn_by_hand(kernel):
+    image = torch.arange(12.0).reshape(1, 1, 3, 4)  # 0 1 2 3 / 4 5 6 7 / 8 9 10 11
+    boxes = torch.tensor([[0, 0, 1, 1], [0, 0, 0.5, 1 / 3], [1, 1, 0, 0], [0.25, 0, 0.75, 2]])
+    crops = kernel(image, boxes, torch.zeros(4, dtype=torch.int64), 3, 2, 99.0)
+    expected = [
+        [[0, 3], [4, 7], [8, 11]],
+        [[0, 1], [2, 3], [4, 5]],
+        [[11, 8], [7, 4], [3, 0]],
+        [[2, 99], [4, 99], [6, 99]],
+    ]
+    np.testing.assert_allclose(crops[:, 0].numpy(), expected, atol=1e-6)
+
+
+@both_kernels
+@both_layouts
+def test_a_point_on_the_last_pixel_is_inside_and_the_next_number_is_not(kernel, layout):
+    image = torch.ones(1, 2, 5, 5).contiguous(memory_format=layout)
+    beyond = np.nextafter(np.float32(1), np.float32(2))
+    before = -np.nextafter(np.float32(0), np.float32(1))
+    edges = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 0, beyond, 1], [before, 0, 1, 1]])
+    crops = kernel(image, edges, torch.zeros(4, dtype=torch.int64), 2, 2)[:, 0]
+    assert crops.tolist() == [
+        [[1, 1], [1, 1]],
+        [[1, 1], [1, 1]],
+        [[1, 1], [0, 0]],
+        [[0, 0], [1, 1]],
+    ]
+
+
+@both_kernels
+@both_layouts
+@pytest.mark.parametrize("size", [(2, 3), (1, 1)])
+@pytest.mark.parametrize("value", [NAN, INF, -INF, 3e38, -3e38])
+@pytest.mark.parametrize("position", range(4))
+def test_boxes_that_are_not_finite_are_outside(kernel, layout, size, value, position):
+    image = torch.ones(1, 2, 40, 50).contiguous(memory_format=layout)
+    boxes = torch.tensor([[0.1, 0.1, 0.9, 0.9]] * 2)
+    boxes[0, position] = value
+    crops = kernel(image, boxes, torch.zeros(2, dtype=torch.int64), *size, -7.0)
+    assert set(crops[0].unique().tolist()) <= {1.0, -7.0}
+    axis = crops[0] if position % 2 == 0 else crops[0].transpose(1, 2)
+    assert (axis[:, 0 if size == (1, 1) or position < 2 else -1] == -7).all()
+    assert (crops[1] == 1).all()
+
+
+@both_kernels
+def test_values_that_are_not_finite_stay_where_they_are(kernel):
+    image = torch.zeros(1, 1, 8, 8)
+    image[0, 0, 6, 6] = INF
+    boxes = torch.tensor([[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]])
+    crops = kernel(image, boxes, torch.zeros(2, dtype=torch.int64), 3, 3)
+    assert (crops[0] == 0).all()
+    assert not crops[1].isfinite().all()
+
+
+@both_kernels
+@both_layouts
+def test_empty(kernel, layout):
+    image, boxes, index = sample(layout=layout)
+    crops = kernel(image, boxes[:0], index[:0], 7, 5)
+    assert crops.shape == (0, 5, 7, 5)
+    assert kernel(image[:, :0], boxes, index, 7, 5).shape == (12, 0, 7, 5)
+    assert kernel(image[:0], boxes[:0], index[:0], 7, 5).shape == (0, 5, 7, 5)
+
+
+@both_kernels
+@both_layouts
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+def test_strided_inputs(kernel, layout, index_dtype):
+    image, boxes, index = sample(layout=layout)
+    wide = torch.cat([image, image], dim=3)[..., :13]
+    tall = boxes.t().contiguous().t()
+    every_second = index.repeat_interleave(2).to(index_dtype)[::2]
+    assert not wide.is_contiguous(memory_format=layout)
+    assert not tall.is_contiguous()
+    crops = kernel(wide, tall, every_second, 4, 4)
+    assert torch.equal(crops, kernel(image, boxes, index, 4, 4))
+
+
+@both_kernels
+@both_layouts
+def test_the_memory_format_of_the_image_is_kept(kernel, layout):
+    image, boxes, index = sample(layout=layout)
+    crops = kernel(image, boxes, index, 4, 4)
+    assert crops.is_contiguous(memory_format=layout)
+    assert kernel(image[:, :1], boxes, index, 4, 4).is_contiguous()
+
+
+@needs_compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@both_layouts
+@pytest.mark.parametrize("size", [(7, 7), (1, 3)])
+def test_kernels_agree_to_the_last_bit(dtype, layout, size):
+    image, boxes, index = sample(dtype, layout, boxes=200)
+    boxes[::7, 2:] = 1
+    boxes[::31] = NAN
+    crops = operator(image, boxes, index, *size, 0.5)
+    assert torch.equal(crops, plain(image, boxes, index, *size, 0.5))
+
+
+@needs_compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@both_layouts
+@pytest.mark.parametrize("size", [(7, 7), (1, 3)])
+def test_backward_kernels_agree_with_autograd(dtype, layout, size):
+    image, boxes, index = sample(dtype, layout, boxes=50)
+    image.requires_grad_()
+    grad = torch.randn(50, 5, *size, dtype=dtype).contiguous(memory_format=layout)
+    (expected,) = torch.autograd.grad(plain(image, boxes, index, *size), image, grad)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {}
+    (compiled,) = torch.autograd.grad(operator(image, boxes, index, *size), image, grad)
+    torch.testing.assert_close(compiled, expected, **tolerance)
+    by_hand = plain_backward(grad, boxes, index, 3, 9, 13)
+    torch.testing.assert_close(by_hand, expected, **tolerance)
+    assert by_hand.stride() == compiled.stride() == image.stride()
+
+
+@needs_compiled
+@both_layouts
+def test_backward_does_not_depend_on_the_number_of_threads(layout):
+    generator = torch.Generator().manual_seed(0)
+    boxes, index = torch.rand(300, 4, generator=generator), torch.randint(2, (300,))
+    grad = torch.randn(300, 64, 7, 7, generator=generator).contiguous(memory_format=layout)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(
+                torch.ops.roialign.crop_and_resize_backward(grad, boxes, index, 2, 20, 30)
+            )
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@both_layouts
+@pytest.mark.parametrize("size", [(3, 2), (1, 1)])
+def test_gradcheck(layout, size):
+    image, boxes, index = sample(torch.float64, layout, boxes=3)
+    image = image[:, :2, :3, :4].contiguous(memory_format=layout).requires_grad_()
+    arguments = (image, boxes, index, *size, 0.5)
+    assert torch.autograd.gradcheck(crop_and_resize, arguments)
+    assert torch.autograd.gradgradcheck(crop_and_resize, arguments)
+
+
+def test_gradient_reaches_the_image_only():
+    image, boxes, index = sample()
+    image.requires_grad_()
+    boxes.requires_grad_()
+    crop_and_resize(image, boxes, index, 3, 3).sum().backward()
+    assert image.grad is not None
+    assert boxes.grad is None
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # opcheck's own
+@both_layouts
+@pytest.mark.parametrize("boxes", [0, 3])
+@pytest.mark.parametrize("size", [(3, 2), (1, 1)])
+def test_opcheck(layout, boxes, size):
+    image, corners, index = sample(layout=layout, boxes=boxes)
+    operators = torch.ops.roialign
+    arguments = (image.requires_grad_(), corners, index, *size, 0.5)
+    torch.library.opcheck(operators.crop_and_resize.default, arguments)
+    grad = torch.randn(boxes, 5, *size).contiguous(memory_format=layout).requires_grad_()
+    arguments = (grad, corners, index, 3, 9, 13)
+    torch.library.opcheck(operators.crop_and_resize_backward.default, arguments)
+
+
+def test_autocast_computes_in_float32():
+    image, boxes, index = sample()
+    half = image.bfloat16().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        crops = crop_and_resize(half, boxes, index, 3, 3)
+    assert torch.equal(crops, crop_and_resize(half.detach().float(), boxes, index, 3, 3))
+    crops.sum().backward()
+    assert half.grad.dtype == torch.bfloat16
+
+
+IMAGE, BOXES, INDEX = torch.zeros(2, 3, 8, 8), torch.zeros(3, 4), torch.zeros(3, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"image": IMAGE.byte()}, TypeError, "must be float32, got torch.uint8"),
+        ({"image": IMAGE.half()}, TypeError, "must be float32 or float64, got"),
+        ({"boxes": BOXES.double()}, TypeError, "got .*ouble"),
+        (
+            {"box_index": INDEX.float()},
+            TypeError,
+            "box_index must be int32 or int64, got torch.float32",
+        ),
+        ({"image": IMAGE[0]}, ValueError, r"image must be \[B, C, H, W\] .* got shape \(3, 8, 8\)"),
+        ({"image": IMAGE[..., :0]}, ValueError, r"got shape \(2, 3, 8, 0\)"),
+        ({"boxes": BOXES[:, :3]}, ValueError, r"boxes must be \[R, .* got shape \(3, 3\)"),
+        ({"box_index": INDEX[:2]}, ValueError, r"box_index must be \[R\] = \[3\] .* got \[2\]"),
+        ({"box_index": INDEX.to("meta")}, ValueError, "on one device, got cpu, cpu and meta"),
+        ({"crop_height": 0}, ValueError, "at least 1 x 1, got 0 x 7"),
+        ({"box_index": INDEX + 2}, IndexError, "box_index.* must be within 0..1, got 2"),
+        ({"box_index": INDEX - 1}, IndexError, "box_index.* must be within 0..1, got -1"),
+    ],
+)
+def test_errors(changes, error, message):
+    arguments = {"image": IMAGE, "boxes": BOXES, "box_index": INDEX, "crop_height": 7}
+    with pytest.raises(error, match=message):
+        crop_and_resize(**{**arguments, **changes}, crop_width=7)
+
+
+@both_kernels
+def test_kernels_check_the_index(kernel):
+    for index in (-1, 2, 2**40):
+        with pytest.raises(IndexError, match="box_index.* must be within 0..1, got"):
+            kernel(IMAGE, BOXES, INDEX + index, 7, 7)
+
+
+@needs_compiled
+def test_the_operators_themselves_refuse_what_would_be_read_out_of_bounds():
+    for bad in ((IMAGE[0], BOXES, INDEX), (IMAGE, BOXES[:, :3], INDEX), (IMAGE, BOXES, INDEX[:2])):
+        with pytest.raises(ValueError, match="crop_and_resize: "):
+            operator(*bad, 7, 7)
+    backward = torch.ops.roialign.crop_and_resize_backward
+    with pytest.raises(ValueError, match="crop_and_resize: grad must be"):
+        backward(torch.zeros(4, 3, 7, 7), BOXES, INDEX, 2, 8, 8)
+    with pytest.raises(IndexError, match="box_index"):
+        backward(torch.zeros(3, 3, 7, 7), BOXES, INDEX + 2, 2, 8, 8)
+
+
+def test_an_unbuilt_checkout_works(tmp_path):
+    code = """
+import torch
+from roialign import crop_and_resize, is_compiled
+image = torch.arange(4., dtype=torch.float64).view(1, 1, 2, 2).requires_grad_()
+arguments = image, torch.tensor([[0., 0, 1, 1]]).double(), torch.tensor([0]), 3, 3
+print(is_compiled(), crop_and_resize(*arguments).flatten().tolist())
+print(torch.autograd.gradcheck(crop_and_resize, arguments))
+"""
+    output = run_unbuilt(package, code, tmp_path)
+    assert output == "() [0.0, 0.5, 1.0, 1.0, 1.5, 2.0, 2.0, 2.5, 3.0]\nTrue"
+
+
+def test_a_library_that_does_not_load_is_named_with_the_remedy(tmp_path, monkeypatch, caplog):
+    (tmp_path / "_C.so").write_bytes(b"built for another torch")
+    monkeypatch.setattr(ops, "__file__", str(tmp_path / "ops.py"))
+    ops._load_compiled()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "`pip install -e . --no-build-isolation`" in caplog.text
