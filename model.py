@@ -704,7 +704,8 @@ def unmold_boxes(boxes: Tensor, window: Tensor, image_shape: Sequence[int]) -> T
         window: [4] unit frame, the part of the network input that shows the image.
         image_shape: (height, width, ...) of the image.
     """
-    shift, scale = window[:2].repeat(2), (window[2:] - window[:2]).repeat(2)
+    # A window of one pixel has no extent in the unit frame.
+    shift, scale = window[:2].repeat(2), (window[2:] - window[:2]).clamp(min=1e-9).repeat(2)
     return utils.denorm_boxes((boxes - shift) / scale, image_shape)
 
 

@@ -1,5 +1,6 @@
 """What several test files share: the reference's numbers, its weights, and quiet plotting."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -24,19 +25,22 @@ class Golden:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        folders = (SHARED / "golden", ROOT / "tests" / "data")
-        self.files = [np.load(folder / name) for folder in folders if (folder / name).is_file()]
+        self.arrays: dict[str, np.ndarray] = {}
+        for folder in (ROOT / "tests" / "data", SHARED / "golden"):
+            if (folder / name).is_file():
+                with np.load(folder / name) as file:  # closed: a skip keeps this object alive
+                    self.arrays.update(file)
 
     def __contains__(self, key: str) -> bool:
-        return any(key in file for file in self.files)
+        return key in self.arrays
 
     def __getitem__(self, key: str) -> np.ndarray:
-        for file in self.files:
-            if key in file:
-                return file[key]
-        pytest.skip(f"{key} of the reference file {self.name} is not there")
+        if key not in self.arrays:
+            pytest.skip(f"{key} of the reference file {self.name} is not there")
+        return self.arrays[key]
 
 
+@functools.cache
 def load_golden(name: str) -> Golden:
     """One of the reference's files, e.g. "training_side.npz"."""
     return Golden(name)

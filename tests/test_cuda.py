@@ -136,7 +136,7 @@ def library(tmp_path_factory):
     tests = Path(__file__).resolve().parent
     (folder / "cuda_runtime_api.h").write_text(f'#include "{tests / "cuda_emulation.h"}"\n')
     (folder / "driver.cpp").write_text(DRIVER.replace("../", f"{ROOT}/"))
-    flags = "-std=c++17 -O1 -ffp-contract=off -Wall -Wextra -Werror -shared -fPIC".split()
+    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Werror"]
     files = [f"-I{folder}", str(folder / "driver.cpp"), "-o", str(folder / "driver.so")]
     subprocess.run(["g++", *flags, *files], check=True)
     return ctypes.CDLL(str(folder / "driver.so"))

@@ -342,6 +342,9 @@ def test_nothing_found_gives_empty_arrays(tiny):
 def test_images_of_any_size(tiny, shape):
     result = tiny.detect([noise(*shape)])[0]
     assert result["masks"].shape[:2] == shape
+    assert len(result["rois"]) > 0
+    assert (result["rois"][:, :2] >= 0).all()
+    assert (result["rois"][:, 2:] <= shape).all()
 
 
 def test_images_of_any_kind(tiny):

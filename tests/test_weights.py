@@ -276,7 +276,9 @@ def test_keras_resnet_notop_is_a_backbone_start(tmp_path, source, target, capsys
     printed = capsys.readouterr().out
     assert str(report) in printed
     assert f"{len(report.loaded)} tensors loaded" in printed
-    assert f"{len(report.missing)} missing: fpn.P2_conv1.{{weight,bias}}, " in printed
+    first = report.missing[0].rpartition(".")[0]
+    assert f"66 missing: {first}.{{weight,bias}}, " in printed
+    assert printed.endswith(" and 21 more\n")
 
 
 def test_unknown_keras_layers_are_reported(tmp_path, source, target):
@@ -520,6 +522,28 @@ def test_torchvision_resnet18_is_refused(tmp_path, target):
     torch.save(resnet.state_dict(), tmp_path / "resnet18.pth")
     with pytest.raises(ValueError, match="neither Mask R-CNN weights nor a ResNet-50"):
         weights.load_weights(target, tmp_path / "resnet18.pth")
+
+
+# Options
+
+
+def test_options_come_from_shapes_or_from_the_checkpoint(tmp_path, source):
+    write_keras(tmp_path / "model.h5", source)
+    assert weights.read_options(tmp_path / "model.h5") == {
+        "BACKBONE": {"blocks": (1, 1, 1, 1), "width": 4},
+        "NUM_CLASSES": 4,
+        "FPN_CLASSIF_FC_LAYERS_SIZE": 10,
+        "TOP_DOWN_PYRAMID_SIZE": 6,
+        "RPN_CHANNELS": 5,
+        "BACKBONE_STYLE": "keras",
+    }
+    weights.save_weights(source, tmp_path / "model.pth")
+    options = weights.read_options(tmp_path / "model.pth")
+    assert options.keys() == source.config.to_dict().keys()
+    assert options["MASK_POOL_SIZE"] == 4
+    write_keras(tmp_path / "notop.h5", source, layers=list(LAYERS)[:34])
+    with pytest.raises(ValueError, match="no heads: it can start a training, not detect"):
+        weights.read_options(tmp_path / "notop.h5")
 
 
 # Files that do not fit

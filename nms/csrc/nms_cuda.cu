@@ -22,7 +22,7 @@ __global__ void find_overlaps(const T* boxes, int64_t count, T threshold, int64_
                               uint64_t* mask) {
   const int64_t first_column = int64_t(blockIdx.x) * kBlock;
   first_row += int64_t(blockIdx.y) * kBlock;
-  if (first_column < first_row) return;  // the whole block: nobody reads these words
+  if (first_column <= first_row) return;  // the whole block: nobody reads these words
 
   __shared__ Box<T> columns[kBlock];
   const int thread = threadIdx.x;
