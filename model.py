@@ -503,8 +503,12 @@ class MaskRCNN(nn.Module):
         Raises:
             ValueError: no such style, or one that the config does not allow.
         """
-        self.config.BACKBONE_STYLE = style
-        self.config.validate()
+        before, self.config.BACKBONE_STYLE = self.config.BACKBONE_STYLE, style
+        try:
+            self.config.validate()
+        except ValueError:
+            self.config.BACKBONE_STYLE = before
+            raise
         torchvision = style == "torchvision"
         mean = TORCHVISION_MEAN if torchvision else self.config.MEAN_PIXEL
         std = TORCHVISION_STD if torchvision else [1.0] * len(mean)
@@ -525,7 +529,13 @@ class MaskRCNN(nn.Module):
                 module.conv1.stride, module.conv2.stride = strides
 
     def load_weights(self, path: str | Path, **options: Any) -> weights.LoadReport:
-        """Loads a file of any known format; see weights.load_weights for the options."""
+        """Loads a file of any known format; see weights.load_weights for the options.
+
+        Args:
+            path: a .h5 or .pth file, "coco" or "imagenet".
+        """
+        if str(path) == "imagenet":
+            path = self.config.IMAGENET_MODEL_PATH or path
         return weights.load_weights(self, path, **options)
 
     @classmethod

@@ -404,3 +404,20 @@ def test_a_model_is_built_to_fit_a_file(tiny, tmp_path):
 def test_config_is_checked_when_the_model_is_built():
     with pytest.raises(ValueError, match="IMAGE_MAX_DIM must be a multiple of 64"):
         MaskRCNN(TinyConfig(IMAGE_MAX_DIM=100))
+
+
+def test_a_style_that_the_config_refuses_changes_nothing():
+    options = {"IMAGE_CHANNEL_COUNT": 4, "MEAN_PIXEL": (1.0, 2.0, 3.0, 4.0)}
+    model = MaskRCNN(TinyConfig(**options))
+    with pytest.raises(ValueError, match="needs IMAGE_CHANNEL_COUNT 3"):
+        model.set_backbone_style("torchvision")
+    assert model.config.BACKBONE_STYLE == "keras"
+    assert model.mean.flatten().tolist() == [1.0, 2.0, 3.0, 4.0]
+    image = np.random.default_rng(0).integers(0, 256, (40, 50, 4), dtype=np.uint8)
+    assert model.detect([image])[0]["masks"].shape[:2] == (40, 50)
+
+
+def test_imagenet_weights_come_from_where_the_config_says(tmp_path):
+    model = MaskRCNN(TinyConfig(IMAGENET_MODEL_PATH=tmp_path / "resnet.pth"))
+    with pytest.raises(FileNotFoundError, match="resnet.pth"):
+        model.load_weights("imagenet")

@@ -22,7 +22,7 @@ __global__ void find_overlaps(const T* boxes, int64_t count, T threshold, int64_
                               uint64_t* mask) {
   const int64_t first_column = int64_t(blockIdx.x) * kBlock;
   first_row += int64_t(blockIdx.y) * kBlock;
-  if (first_column <= first_row) return;  // the whole block: nobody reads these words
+  if (first_column < first_row) return;  // the whole block: nobody reads these words
 
   __shared__ Box<T> columns[kBlock];
   const int thread = threadIdx.x;
@@ -53,6 +53,7 @@ __global__ void sweep_overlaps(const uint64_t* mask, int64_t count, int64_t firs
     const int64_t word = start / kBlock;
     const int size = int(least(kBlock, end_row - start));
 
+    // Thread 0 is done with the last diagonal, and behind the barrier it sees all of `removed`.
     if (thread < size) diagonal[thread] = rows[thread * words + word];
     __syncthreads();
     if (thread == 0) {
@@ -72,7 +73,6 @@ __global__ void sweep_overlaps(const uint64_t* mask, int64_t count, int64_t firs
       }
       removed[w] = gone;
     }
-    __syncthreads();
   }
 }
 
