@@ -54,10 +54,9 @@ def architecture_flags(cuda: Path) -> list[str]:
 
 
 def warn(what: str, error: Exception) -> None:
-    warnings.warn(
-        f"{what} ({error}); once that is solved, `pip install -e . --no-build-isolation` builds it",
-        stacklevel=2,
-    )
+    reason = " ".join(str(error).split())
+    remedy = "once that is solved, `pip install -e . --no-build-isolation` builds it"
+    warnings.warn(f"{what} ({reason}); {remedy}", stacklevel=2)
 
 
 def operators() -> dict[str, Any]:
@@ -104,17 +103,18 @@ def operators() -> dict[str, Any]:
         """Builds with CUDA, else without, else nothing: the install itself does not fail."""
 
         compiler: Any
+        inplace: bool
         extensions: list[Extension]
 
         def run(self) -> None:
-            compiler = self.compiler
+            compiler, inplace = self.compiler, self.inplace
             for target in ("CUDA", "CPU") if cuda else ("CPU",):
                 if target == "CPU":
                     for ext in self.extensions:
                         ext.sources = [name for name in ext.sources if name.endswith(".cpp")]
                         ext.libraries = [name for name in ext.libraries if "cuda" not in name]
                         ext.define_macros = []
-                self.compiler = compiler
+                self.compiler, self.inplace = compiler, inplace  # changed by a failed run
                 try:
                     return super().run()
                 except Exception as error:

@@ -125,9 +125,16 @@ def _nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     return order[torch.cat(keep)] if keep else order
 
 
-def _nms_fake(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+def _fake(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     count = torch.library.get_ctx().new_dynamic_size()
     return boxes.new_empty(count, dtype=torch.int64)
+
+
+def _autocast(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    """Under autocast half precision becomes float32."""
+    with torch.autocast(boxes.device.type, enabled=False):
+        boxes, scores = (t if t.dtype == torch.float64 else t.float() for t in (boxes, scores))
+        return torch.ops.nms.nms(boxes, scores, iou_threshold)
 
 
 def _load_compiled() -> None:
@@ -143,9 +150,10 @@ def _load_compiled() -> None:
             )
 
 
-torch.library.define("nms::nms", "(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor")
-torch.library.impl("nms::nms", "default", _nms)
-torch.library.register_fake("nms::nms", _nms_fake)
-for _device in ("cpu", "cuda"):
-    torch.library.register_autocast("nms::nms", _device, torch.float32)
+_library = torch.library.Library("nms", "FRAGMENT")
+_library.define("nms(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor")
+_library.impl("nms", _nms, "CompositeExplicitAutograd")
+_library.impl("nms", _autocast, "AutocastCPU")
+_library.impl("nms", _autocast, "AutocastCUDA")
+torch.library.register_fake("nms::nms", _fake)
 _load_compiled()

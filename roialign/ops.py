@@ -217,6 +217,13 @@ def _differentiate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
     return crops, None, None, None, None, None
 
 
+def _autocast(image: Tensor, boxes: Tensor, *arguments: Any) -> Tensor:
+    """Under autocast half precision becomes float32."""
+    with torch.autocast(image.device.type, enabled=False):
+        image, boxes = (t if t.dtype == torch.float64 else t.float() for t in (image, boxes))
+        return torch.ops.roialign.crop_and_resize(image, boxes, *arguments)
+
+
 def _load_compiled() -> None:
     folder = Path(__file__).parent
     for library in [*folder.glob("_C*.so"), *folder.glob("_C*.pyd")]:
@@ -230,24 +237,22 @@ def _load_compiled() -> None:
             )
 
 
-_FORWARD = "roialign::crop_and_resize"
-_BACKWARD = "roialign::crop_and_resize_backward"
-torch.library.define(
-    _FORWARD,
-    "(Tensor image, Tensor boxes, Tensor box_index, SymInt crop_height, SymInt crop_width, "
-    "float extrapolation_value) -> Tensor",
+_library = torch.library.Library("roialign", "FRAGMENT")
+_library.define(
+    "crop_and_resize(Tensor image, Tensor boxes, Tensor box_index, SymInt crop_height, "
+    "SymInt crop_width, float extrapolation_value) -> Tensor"
 )
-torch.library.define(
-    _BACKWARD,
-    "(Tensor grad, Tensor boxes, Tensor box_index, SymInt images, SymInt height, SymInt width) "
-    "-> Tensor",
+_library.define(
+    "crop_and_resize_backward(Tensor grad, Tensor boxes, Tensor box_index, SymInt images, "
+    "SymInt height, SymInt width) -> Tensor"
 )
-torch.library.impl(_FORWARD, "default", _forward)
-torch.library.impl(_BACKWARD, "default", _backward)
+_library.impl("crop_and_resize", _forward, "CompositeExplicitAutograd")
+_library.impl("crop_and_resize_backward", _backward, "CompositeExplicitAutograd")
+_library.impl("crop_and_resize", _autocast, "AutocastCPU")
+_library.impl("crop_and_resize", _autocast, "AutocastCUDA")
+_FORWARD, _BACKWARD = "roialign::crop_and_resize", "roialign::crop_and_resize_backward"
 torch.library.register_fake(_FORWARD, _forward_fake)
 torch.library.register_fake(_BACKWARD, _backward_fake)
 torch.library.register_autograd(_FORWARD, _differentiate, setup_context=_save_forward)
 torch.library.register_autograd(_BACKWARD, _differentiate_backward, setup_context=_save_backward)
-for _device in ("cpu", "cuda"):
-    torch.library.register_autocast(_FORWARD, _device, torch.float32)
 _load_compiled()
