@@ -120,6 +120,17 @@ class Config:
     # Keep instance masks cut to their box and resized, instead of at the image's size.
     USE_MINI_MASK: bool = True
     MINI_MASK_SHAPE: Sequence[int] = (56, 56)
+    # False: an image without objects is a negative, all of it background. True: another image
+    # takes its place, as in the reference.
+    SKIP_EMPTY_IMAGES: bool = False
+    # True: an image or annotation that cannot be read is logged, and another takes its place,
+    # since one bad file should not end a run of days; False: it is an error, so that it is seen.
+    SKIP_UNREADABLE_IMAGES: bool = False
+    # Processes that load images. None: as many as there are CPUs, at most 4, and none on Windows,
+    # where each has to import torch anew and scripts need a __main__ guard; 0: none.
+    NUM_WORKERS: int | None = None
+    # Order of the images and their augmentation depend on it, and not on NUM_WORKERS.
+    SEED: int = 0
 
     def __init__(self, **options: Any) -> None:
         """Takes options by name, e.g. `Config(NUM_CLASSES=4)`.
@@ -202,7 +213,8 @@ class Config:
             return isinstance(value, (int, np.integer)) and int(value) >= least
 
         check(lambda v: bool(v) and isinstance(v, str), "a name, not empty", "NAME")
-        check(lambda v: whole(v, 0), "a whole number from 0", "GPU_COUNT")
+        check(lambda v: whole(v, 0), "a whole number from 0", "GPU_COUNT", "SEED")
+        check(lambda v: v is None or whole(v, 0), "a whole number from 0, or None", "NUM_WORKERS")
         check(
             lambda v: whole(v, 1),
             "a whole number from 1",
