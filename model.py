@@ -1,8 +1,8 @@
 """Mask R-CNN (He et al. 2017, arXiv:1703.06870) on a ResNet feature pyramid.
 
 Top-down in the order of the data: ResNet, feature pyramid, region proposals, RoIAlign, the two
-heads, detections, and `MaskRCNN`, which ties them together. The arithmetic is that of
-matterport/Mask_RCNN, so that its published weights give its detections.
+heads, training targets and losses, detections, and `MaskRCNN`, which ties them together. The
+arithmetic is that of matterport/Mask_RCNN, so that its published weights give its detections.
 
 Letters in shapes: B images, A anchors of an image, R rois of the batch, N detections, K classes,
 C channels, H W image, h w feature map, P pooled size, M mask size.
@@ -13,9 +13,10 @@ see utils.norm_boxes).
 
 import logging
 import math
+import re
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +46,22 @@ class Rois(NamedTuple):
 
     boxes: Tensor  # [R, 4] unit frame
     image_index: Tensor  # [R] int64
+
+
+class RPNTargets(NamedTuple):
+    """What the region proposal network should say of one image."""
+
+    match: Tensor  # [A] int8: 1 object, -1 background, 0 not judged
+    deltas: Tensor  # [P, 4] of the anchors with match 1, in units of RPN_BBOX_STD_DEV
+
+
+class RoiTargets(NamedTuple):
+    """What the heads should say of the rois sampled from one image: the P objects come first."""
+
+    rois: Tensor  # [R, 4] unit frame
+    class_ids: Tensor  # [R] int64, 0 for background
+    deltas: Tensor  # [P, 4] in units of BBOX_STD_DEV
+    masks: Tensor  # [P, M, M] float32, 0 or 1
 
 
 class Detections(NamedTuple):
@@ -262,6 +279,7 @@ def same_pad(x: Tensor, conv: nn.Conv2d) -> Tensor:
     return F.pad(x, padding)
 
 
+@torch.no_grad()
 def propose(rpn: RPNOutput, anchors: Tensor, count: int, config: Config) -> Rois:
     """The anchors of highest foreground score, refined, clipped and without near duplicates.
 
@@ -386,6 +404,240 @@ class Mask(nn.Module):
 
 
 ############################################################
+#  Training targets
+############################################################
+
+
+def sample(candidates: Tensor, count: int, permutation: Callable[..., Tensor]) -> Tensor:
+    """At most count of the indices where candidates [N] bool is set, ascending.
+
+    Args:
+        permutation: torch.randperm, or a function called like it: permutation(n, device=device).
+            It is called only if some have to be left out.
+    """
+    index = candidates.nonzero()[:, 0]
+    if len(index) > count:
+        index = index[permutation(len(index), device=index.device)[:count]].sort().values
+    return index
+
+
+def match_boxes(boxes: Tensor, class_ids: Tensor, gt_boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Overlaps of boxes with the objects of an image, and which boxes keep clear of its crowds.
+
+    Args:
+        boxes: [N, 4], any frame.
+        class_ids: [G], negative for crowds.
+        gt_boxes: [G, 4], the frame of boxes.
+
+    Returns:
+        overlaps: [objects + 1, N] IoU; the last row is 0, so that there always is a maximum.
+        clear: [N] bool.
+    """
+
+    def overlaps(members: Tensor) -> Tensor:
+        # A box without area overlaps nothing.
+        others = F.pad(gt_boxes[members].to(boxes.dtype), (0, 0, 0, 1))
+        # In pieces that fit a CPU's cache: half the time for the 261 888 anchors of COCO.
+        parts = [utils.compute_overlaps(others, part) for part in boxes.split(2**14)]
+        return torch.cat(parts, dim=1)
+
+    return overlaps(class_ids > 0), overlaps(class_ids < 0).amax(dim=0) < 0.001
+
+
+@torch.no_grad()
+def build_rpn_targets(
+    anchors: Tensor,
+    class_ids: Tensor,
+    gt_boxes: Tensor,
+    config: Config,
+    permutation: Callable[..., Tensor] = torch.randperm,
+) -> RPNTargets:
+    """Chooses the anchors of one image that the region proposal network learns from.
+
+    Objects are the anchors of IoU 0.7 or more with an object and, for each object, its best ones;
+    background are those below 0.3 with every object and 0.001 with every crowd. Sampled to
+    RPN_TRAIN_ANCHORS_PER_IMAGE, objects at most half of them.
+
+    Args:
+        anchors: [A, 4] float64, network pixels: in the reference's own arithmetic the best
+            anchors of an object are often several of exactly the same IoU.
+        class_ids: [G] int64, negative for crowds.
+        gt_boxes: [G, 4], network pixels.
+        permutation: the source of randomness, see sample.
+
+    Source: Faster R-CNN paper, section 3.1.2.
+    """
+    overlaps, clear = match_boxes(anchors, class_ids, gt_boxes)
+    iou, assignment = overlaps.max(dim=0)
+    best_iou = overlaps.amax(dim=1, keepdim=True)
+    # An object that no anchor touches has no best anchor.
+    best = ((overlaps == best_iou) & (best_iou > 0)).any(dim=0)
+    objects = best | (iou >= 0.7)
+    background = (iou < 0.3) & clear & ~best
+
+    count = config.RPN_TRAIN_ANCHORS_PER_IMAGE
+    positive = sample(objects, count // 2, permutation)
+    negative = sample(background, count - len(positive), permutation)
+    match = torch.zeros(len(anchors), dtype=torch.int8, device=anchors.device)
+    match[positive], match[negative] = 1, -1
+    # Upstream: the object that the anchor overlaps most, even if it is the best of another one.
+    assigned = gt_boxes[class_ids > 0][assignment[positive]]
+    deltas = utils.box_refinement(anchors[positive], assigned)
+    return RPNTargets(match, deltas / deltas.new_tensor(config.RPN_BBOX_STD_DEV))
+
+
+@torch.no_grad()
+def sample_rois(
+    proposals: Tensor,
+    class_ids: Tensor,
+    gt_boxes: Tensor,
+    masks: Tensor,
+    config: Config,
+    permutation: Callable[..., Tensor] = torch.randperm,
+) -> RoiTargets:
+    """Chooses the proposals of one image that the heads learn from, and what they should say.
+
+    Objects are the proposals of IoU 0.5 or more with an object; background are those below 0.5
+    with every object and 0.001 with every crowd. At most TRAIN_ROIS_PER_IMAGE, of which the share
+    ROI_POSITIVE_RATIO are objects; where there are fewer objects there is less background too.
+    Upstream: so proposals that all miss the objects of an image teach nothing, which keeps a new
+    network from learning that everything is background. From an image without objects upstream
+    learns nothing either; here it gives as much background as a full sample has. Keras fills the
+    sample up with empty boxes, which its class loss takes for background; here there are none.
+
+    Args:
+        proposals: [N, 4] float32, unit frame.
+        class_ids: [G] int64, negative for crowds.
+        gt_boxes: [G, 4] float32, unit frame.
+        masks: [G, h, w] bool, cut to the boxes if USE_MINI_MASK, else of the network input.
+        permutation: the source of randomness, see sample.
+
+    Source: Mask R-CNN paper, section 3.1, training.
+    """
+    overlaps, clear = match_boxes(proposals, class_ids, gt_boxes)
+    iou, assignment = overlaps.max(dim=0)
+    most = int(config.TRAIN_ROIS_PER_IMAGE * config.ROI_POSITIVE_RATIO)
+    positive = sample(iou >= 0.5, most, permutation)
+    is_object = (class_ids > 0).nonzero()[:, 0]
+    if len(is_object):
+        background_count = int(len(positive) / config.ROI_POSITIVE_RATIO) - len(positive)
+    else:
+        background_count = config.TRAIN_ROIS_PER_IMAGE - most
+    negative = sample((iou < 0.5) & clear, background_count, permutation)
+
+    rois, assigned = proposals[positive], is_object[assignment[positive]]
+    deltas = utils.box_refinement(rois, gt_boxes[assigned])
+    return RoiTargets(
+        torch.cat([rois, proposals[negative]]),
+        F.pad(class_ids[assigned], (0, len(negative))),
+        deltas / deltas.new_tensor(config.BBOX_STD_DEV),
+        crop_masks(masks, rois, gt_boxes, assigned, config),
+    )
+
+
+def crop_masks(
+    masks: Tensor, rois: Tensor, gt_boxes: Tensor, assigned: Tensor, config: Config
+) -> Tensor:
+    """The part of a mask that each roi sees, [P, M, M] float32 of 0 and 1.
+
+    Args:
+        masks: [G, h, w] bool, cut to gt_boxes if USE_MINI_MASK, else of the network input.
+        rois: [P, 4] unit frame.
+        gt_boxes: [G, 4] unit frame.
+        assigned: [P] int64, the mask of each roi.
+    """
+    boxes = rois
+    if config.USE_MINI_MASK:
+        corner, far_corner = gt_boxes[assigned].split(2, dim=1)
+        boxes = (rois - corner.repeat(1, 2)) / (far_corner - corner).repeat(1, 2)
+    # As in pyramid_roi_align: rounding must not carry the last sample beyond the mask.
+    boxes = boxes.where(boxes != 1, 1 - 2**-22)
+    height, width = config.MASK_SHAPE
+    crops = crop_and_resize(masks[:, None].float(), boxes, assigned, height, width)
+    return (crops[:, 0] > 0.5).float()
+
+
+############################################################
+#  Losses
+############################################################
+
+# A sum over nothing is 0 and keeps the graph, so that each parameter gets a gradient in each step.
+
+
+def rpn_class_loss(match: Tensor, logits: Tensor) -> Tensor:
+    """Cross entropy of the sampled anchors.
+
+    Args:
+        match: [B, A] int8, see RPNTargets.
+        logits: [B, A, 2] background, foreground.
+    """
+    judged = match != 0
+    target = (match[judged] > 0).long()
+    return F.cross_entropy(logits[judged].float(), target, reduction="sum") / max(len(target), 1)
+
+
+def smooth_l1_loss(target: Tensor, deltas: Tensor) -> Tensor:
+    """Mean over all numbers (Fast R-CNN paper, equation 3)."""
+    return F.smooth_l1_loss(deltas.float(), target, reduction="sum") / max(target.numel(), 1)
+
+
+def rpn_bbox_loss(target_deltas: Tensor, match: Tensor, deltas: Tensor) -> Tensor:
+    """Smooth L1 distance of the anchors that are objects.
+
+    Args:
+        target_deltas: [P, 4] of the anchors with match 1, image by image.
+        match: [B, A] int8, see RPNTargets.
+        deltas: [B, A, 4].
+    """
+    return smooth_l1_loss(target_deltas, deltas[match == 1])
+
+
+def mrcnn_class_loss(target_class_ids: Tensor, logits: Tensor, active: Tensor) -> Tensor:
+    """Cross entropy of the rois.
+
+    A data set without a class does not tell that a roi is not of that class: rois for which such a
+    class is the likeliest are left out.
+
+    Args:
+        target_class_ids: [R] int64.
+        logits: [R, K].
+        active: [R, K] bool, the classes that the data set of the roi's image has.
+    """
+    losses = F.cross_entropy(logits.float(), target_class_ids, reduction="none")
+    judged = active.gather(1, logits.argmax(dim=1, keepdim=True))[:, 0]
+    return (losses * judged).sum() / judged.sum().clamp(min=1)
+
+
+def mrcnn_bbox_loss(target_deltas: Tensor, target_class_ids: Tensor, deltas: Tensor) -> Tensor:
+    """Smooth L1 distance of the rois that are objects, in the deltas of their class.
+
+    Args:
+        target_deltas: [P, 4] of the rois with a class.
+        target_class_ids: [R] int64.
+        deltas: [R, K, 4].
+    """
+    positive = target_class_ids.nonzero()[:, 0]
+    return smooth_l1_loss(target_deltas, deltas[positive, target_class_ids[positive]])
+
+
+def mrcnn_mask_loss(target_masks: Tensor, logits: Tensor) -> Tensor:
+    """Binary cross entropy of the masks of rois that are objects.
+
+    Computed from logits, which loses no digits. Keras computes it from probabilities, which it
+    clips to 1e-7 and adds 1e-7 to in the logarithm, so the loss of a pixel ends at -log(2e-7);
+    beyond it there is no gradient. The clamp says the same of logits.
+
+    Args:
+        target_masks: [P, M, M] float32, 0 or 1.
+        logits: [P, M, M] of the class of each roi.
+    """
+    limit = -math.log(2e-7)
+    logits = logits.float().clamp(-limit, limit)
+    losses = F.binary_cross_entropy_with_logits(logits, target_masks, reduction="sum")
+    return losses / max(target_masks.numel(), 1)
+
+
+############################################################
 #  Detections
 ############################################################
 
@@ -434,6 +686,17 @@ def refine_detections(
 ############################################################
 
 
+# What set_trainable's names stand for.
+HEADS = r"fpn\.P.*|rpn\..*|classifier\..*|mask\..*"
+LAYERS = {
+    "heads": HEADS,
+    "3+": rf"fpn\.C[345]\..*|{HEADS}",
+    "4+": rf"fpn\.C[45]\..*|{HEADS}",
+    "5+": rf"fpn\.C5\..*|{HEADS}",
+    "all": ".*",
+}
+
+
 class MaskRCNN(nn.Module):
     """The whole network.
 
@@ -465,7 +728,7 @@ class MaskRCNN(nn.Module):
         channels = config.IMAGE_CHANNEL_COUNT
         self.register_buffer("mean", torch.empty(channels, 1, 1), persistent=False)
         self.register_buffer("std", torch.empty(channels, 1, 1), persistent=False)
-        self._anchors: dict[tuple[int, int, torch.device], Tensor] = {}
+        self._anchors: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
         self._initialize_weights()
         self.set_backbone_style(config.BACKBONE_STYLE)
 
@@ -489,6 +752,43 @@ class MaskRCNN(nn.Module):
                 if isinstance(module, nn.BatchNorm2d):
                     module.eval()
         return self
+
+    def set_trainable(self, layers: str) -> int:
+        r"""Lets training change the chosen layers and no others.
+
+        BatchNorm layers are left out unless config.TRAIN_BN.
+
+        Args:
+            layers: "heads" (all but the ResNet), "3+", "4+" or "5+" (also C3, C4 or C5 and up),
+                "all", or a regular expression for whole parameter names, e.g. r"mask\..*".
+
+        Returns:
+            The number of parameters (tensors) that training changes.
+
+        Raises:
+            ValueError: there is none.
+        """
+        pattern = LAYERS.get(layers, layers)
+        frozen = {
+            parameter
+            for module in self.modules()
+            if isinstance(module, nn.BatchNorm2d) and not self.config.TRAIN_BN
+            for parameter in module.parameters()
+        }
+        chosen = {
+            name
+            for name, parameter in self.named_parameters()
+            if re.fullmatch(pattern, name) and parameter not in frozen
+        }
+        if not chosen:
+            raise ValueError(
+                f"layers must be one of {', '.join(LAYERS)} or a regular expression that matches"
+                f" trainable parameters, got {layers!r}; see model.named_parameters()"
+            )
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name in chosen)
+        logger.info("layers %r: training changes %d parameters", layers, len(chosen))
+        return len(chosen)
 
     def set_backbone_style(self, style: str) -> None:
         """Makes the ResNet compute what its weights were trained with.
@@ -555,6 +855,10 @@ class MaskRCNN(nn.Module):
 
     def get_anchors(self, image_shape: Sequence[int]) -> Tensor:
         """Anchors [A, 4] float32, unit frame, for a network input of (height, width) pixels."""
+        return self._all_anchors(image_shape)[1]
+
+    def _all_anchors(self, image_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Anchors [A, 4], float64 network pixels and float32 unit frame."""
         key = (image_shape[0], image_shape[1], self.device)
         if key not in self._anchors:
             config = self.config
@@ -565,8 +869,9 @@ class MaskRCNN(nn.Module):
                 config.BACKBONE_STRIDES,
                 config.RPN_ANCHOR_STRIDE,
             )
-            unit = utils.norm_boxes(anchors, image_shape)
-            self._anchors[key] = torch.from_numpy(unit).to(self.device)
+            frames = anchors, utils.norm_boxes(anchors, image_shape)
+            pixels, unit = (torch.from_numpy(x).to(self.device) for x in frames)
+            self._anchors[key] = pixels, unit
         return self._anchors[key]
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -585,6 +890,93 @@ class MaskRCNN(nn.Module):
         config = self.config
         count = config.POST_NMS_ROIS_TRAINING if self.training else config.POST_NMS_ROIS_INFERENCE
         return rpn, propose(rpn, self.get_anchors(image_shape), count, config)
+
+    def forward(
+        self, images: Tensor, targets: Sequence[Mapping[str, Any]] | None = None
+    ) -> dict[str, Tensor] | Prediction:
+        """The losses of a batch, or, without targets, what predict() finds in it.
+
+        Args:
+            images: [B, C, H, W] uint8, sides multiples of 64.
+            targets: for each image a dict as dataset.py makes it, of tensors on any device:
+                class_ids [N] int64, 1..K-1, negative for crowds;
+                boxes [N, 4] float32, network pixels, of positive height and width;
+                masks [N, h, w] bool, cut to the boxes and of MINI_MASK_SHAPE if USE_MINI_MASK,
+                else of the network input; and, if present,
+                active_class_ids [K] bool, the classes of the image's data set (default: all);
+                rois [M, 4] float32, network pixels, for which to train the heads unless
+                USE_RPN_ROIS. Other keys are ignored.
+
+        Returns:
+            rpn_class_loss, rpn_bbox_loss, mrcnn_class_loss, mrcnn_bbox_loss and mrcnn_mask_loss in
+            this order, each a number times its LOSS_WEIGHTS; their sum is to be minimised.
+
+        Raises:
+            TypeError, ValueError: images or targets of another kind; says which and why.
+        """
+        check_batch(images, targets, self.config)
+        images = images.to(self.device)
+        if targets is None:
+            if self.training:
+                raise ValueError("training mode needs targets; call model.eval() to predict")
+            whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=self.device)
+            return self.predict(images, whole.expand(len(images), 4))
+        config, image_shape = self.config, images.shape[2:]
+        *features, p6 = self.fpn(self.normalize(images))
+        rpn, proposals = self.propose([*features, p6], image_shape)
+        anchors, _ = self._all_anchors(image_shape)
+        rpn_targets, roi_targets, active = [], [], []
+        for i, target in enumerate(targets):
+            names = ("class_ids", "boxes", "masks")
+            class_ids, boxes, masks = (target[name].to(self.device) for name in names)
+            rpn_targets.append(build_rpn_targets(anchors, class_ids, boxes, config))
+            rois = proposals.boxes[proposals.image_index == i]
+            if not config.USE_RPN_ROIS:
+                rois = utils.norm_boxes(target["rois"].to(self.device), image_shape)
+            unit_boxes = utils.norm_boxes(boxes, image_shape)
+            roi_targets.append(sample_rois(rois, class_ids, unit_boxes, masks, config))
+            every_class = torch.ones(config.NUM_CLASSES, dtype=torch.bool)
+            active.append(target.get("active_class_ids", every_class).to(self.device))
+        return self.compute_losses(
+            features, image_shape, rpn, rpn_targets, roi_targets, torch.stack(active)
+        )
+
+    def compute_losses(
+        self,
+        features: Sequence[Tensor],
+        image_shape: Sequence[int],
+        rpn: RPNOutput,
+        rpn_targets: Sequence[RPNTargets],
+        roi_targets: Sequence[RoiTargets],
+        active: Tensor,
+    ) -> dict[str, Tensor]:
+        """Runs the heads on the sampled rois of all images and compares; see forward.
+
+        Args:
+            features: P2..P5.
+            active: [B, K] bool, the classes that the data set of each image has.
+        """
+        match = torch.stack([target.match for target in rpn_targets])  # [B, A]
+        counts = torch.tensor([len(target.rois) for target in roi_targets], device=self.device)
+        image_index = torch.arange(len(counts), device=self.device).repeat_interleave(counts)
+        rois = Rois(torch.cat([target.rois for target in roi_targets]), image_index)
+        class_ids = torch.cat([target.class_ids for target in roi_targets])
+        positive = class_ids.nonzero()[:, 0]
+        objects = Rois(rois.boxes[positive], rois.image_index[positive])
+
+        class_logits, class_deltas = self.classifier(features, rois, image_shape)
+        mask_logits = self.mask(features, objects, class_ids[positive], image_shape)
+        rpn_deltas = torch.cat([target.deltas for target in rpn_targets])
+        deltas = torch.cat([target.deltas for target in roi_targets])
+        masks = torch.cat([target.masks for target in roi_targets])
+        losses = {
+            "rpn_class_loss": rpn_class_loss(match, rpn.logits),
+            "rpn_bbox_loss": rpn_bbox_loss(rpn_deltas, match, rpn.deltas),
+            "mrcnn_class_loss": mrcnn_class_loss(class_ids, class_logits, active[image_index]),
+            "mrcnn_bbox_loss": mrcnn_bbox_loss(deltas, class_ids, class_deltas),
+            "mrcnn_mask_loss": mrcnn_mask_loss(masks, mask_logits),
+        }
+        return {name: self.config.LOSS_WEIGHTS[name] * loss for name, loss in losses.items()}
 
     @torch.no_grad()
     def predict(self, images: Tensor, windows: Tensor) -> Prediction:
@@ -705,6 +1097,67 @@ class MaskRCNN(nn.Module):
         corners = np.stack([item.window for item in resized])
         windows = torch.from_numpy(utils.norm_boxes(corners, (height, width)))
         return molded.to(self.device).permute(0, 3, 1, 2), windows.to(self.device)
+
+
+def check_batch(
+    images: Tensor, targets: Sequence[Mapping[str, Any]] | None, config: Config
+) -> None:
+    """Raises TypeError or ValueError unless MaskRCNN.forward can use images and targets."""
+
+    def check(name: str, tensor: object, dtype: torch.dtype, shape: Sequence[int | str]) -> None:
+        if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be a tensor of {dtype}, got {kind}")
+        wrong = any(
+            isinstance(n, int) and n != m for n, m in zip(shape, tensor.shape, strict=False)
+        )
+        if wrong or len(shape) != tensor.dim():
+            expected = ", ".join(map(str, shape))
+            raise ValueError(f"{name} must have shape [{expected}], got {list(tensor.shape)}")
+
+    check("images", images, torch.uint8, ("B", config.IMAGE_CHANNEL_COUNT, "H", "W"))
+    height, width = images.shape[2:]
+    if len(images) == 0 or height == 0 or width == 0 or height % 64 or width % 64:
+        raise ValueError(
+            f"images must be one or more with sides that are multiples of 64, got shape"
+            f" {list(images.shape)}; resize them with utils.resize_image"
+        )
+    if targets is None:
+        return
+    if len(targets) != len(images):
+        raise ValueError(
+            f"targets must have a dict for each image, got {len(targets)} for {len(images)} images"
+        )
+    classes = config.NUM_CLASSES
+    needed = {"class_ids", "boxes", "masks"} | (set() if config.USE_RPN_ROIS else {"rois"})
+    mask_shape = config.MINI_MASK_SHAPE if config.USE_MINI_MASK else (height, width)
+    for i, target in enumerate(targets):
+        prefix = f"targets[{i}]"
+        missing = needed - target.keys()
+        if missing:
+            raise ValueError(f"{prefix} must have {', '.join(sorted(needed))}, lacks {missing}")
+        class_ids, boxes = target["class_ids"], target["boxes"]
+        check(f"{prefix} class_ids", class_ids, torch.int64, ("N",))
+        count = len(class_ids)
+        check(f"{prefix} boxes", boxes, torch.float32, (count, 4))
+        check(f"{prefix} masks", target["masks"], torch.bool, (count, *mask_shape))
+        if "active_class_ids" in target:
+            active = target["active_class_ids"]
+            check(f"{prefix} active_class_ids", active, torch.bool, (classes,))
+        if not config.USE_RPN_ROIS:
+            check(f"{prefix} rois", target["rois"], torch.float32, ("M", 4))
+        strange = class_ids[(class_ids == 0) | (class_ids.abs() >= classes)]
+        if len(strange):
+            raise ValueError(
+                f"{prefix} class_ids must be 1..{classes - 1}, or negative for crowds, got"
+                f" {strange[0].item()}; NUM_CLASSES counts the background too"
+            )
+        good = boxes.isfinite().all(dim=1) & (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+        if not good.all():
+            raise ValueError(
+                f"{prefix} boxes must be finite with y1 < y2 and x1 < x2, got"
+                f" {boxes[~good][0].tolist()}; drop objects without pixels"
+            )
 
 
 def unmold_boxes(boxes: Tensor, window: Tensor, image_shape: Sequence[int]) -> Tensor:

@@ -2,6 +2,7 @@
 #include "nms.h"
 
 #include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -95,13 +96,27 @@ at::Tensor nms_cpu(const at::Tensor& boxes, const at::Tensor& scores, double iou
     const scalar_t* corners = ranked.boxes.const_data_ptr<scalar_t>();
     const scalar_t threshold = static_cast<scalar_t>(iou_threshold);
     std::vector<scalar_t> kept(5 * count);
-    for (int64_t i = 0; i < count; ++i) {
-      const Box<scalar_t> box = make_box(corners + 4 * i);
-      const int64_t size = keep.size();
-      if (is_suppressed(box, kept.data(), count, size, threshold)) continue;
-      const scalar_t members[] = {box.y1, box.x1, box.y2, box.x2, box.area};
-      for (int64_t m = 0; m < 5; ++m) kept[m * count + size] = members[m];
-      keep.push_back(index[i]);
+    // A round of boxes meets the boxes kept before it in parallel, then those of its own in order.
+    constexpr int64_t kRound = 1024, kTestsPerTask = 1 << 17;
+    std::vector<char> suppressed(kRound);
+    for (int64_t start = 0; start < count; start += kRound) {
+      const int64_t end = std::min(start + kRound, count), before = keep.size();
+      const int64_t grain = kTestsPerTask / (before + 1) + 1;
+      at::parallel_for(start, end, grain, [&](int64_t from, int64_t to) {
+        for (int64_t i = from; i < to; ++i) {
+          const Box<scalar_t> box = make_box(corners + 4 * i);
+          suppressed[i - start] = is_suppressed(box, kept.data(), count, before, threshold);
+        }
+      });
+      for (int64_t i = start; i < end; ++i) {
+        if (suppressed[i - start]) continue;
+        const Box<scalar_t> box = make_box(corners + 4 * i);
+        const int64_t size = keep.size();
+        if (is_suppressed(box, kept.data() + before, count, size - before, threshold)) continue;
+        const scalar_t members[] = {box.y1, box.x1, box.y2, box.x2, box.area};
+        for (int64_t m = 0; m < 5; ++m) kept[m * count + size] = members[m];
+        keep.push_back(index[i]);
+      }
     }
   });
   at::Tensor result = at::empty({static_cast<int64_t>(keep.size())}, ranked.order.options());
