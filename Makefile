@@ -11,7 +11,7 @@ INSTALLED = $(VENV)/.installed
 .PHONY: demo test lint clean
 
 demo: $(INSTALLED)
-	$(VENV)/bin/python demo.py --output out
+	$(VENV)/bin/python demo.py --stages --json --output out
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest

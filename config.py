@@ -27,8 +27,8 @@ class Config:
     NAME: str = "maskrcnn"
 
     # ---------------------------------------------------------------- hardware and batches
-    # GPUs to use; 0 keeps the command line tools on the CPU. A model made in a script or a
-    # notebook lives where model.to(device) puts it, whatever is set here.
+    # GPUs that share a batch; 0 for the CPU. Only BATCH_SIZE depends on it: a model lives where
+    # model.to(device) puts it.
     GPU_COUNT: int = 1
     # Images in one batch of a GPU (or of the CPU), in training and in detect().
     IMAGES_PER_GPU: int = 2
@@ -58,9 +58,10 @@ class Config:
     # (height, width) of the network input it returns five (height, width), P2 to P6.
     COMPUTE_BACKBONE_SHAPE: Callable | None = None
     BACKBONE_STRIDES: Sequence[int] = (4, 8, 16, 32, 64)
-    # Whose pretrained ResNet this is, set by load_weights. "keras" has the stride of a stage in
-    # its first 1x1 convolution, BatchNorm eps 1e-3 and inputs minus MEAN_PIXEL; "torchvision" has
-    # it in the 3x3 convolution, eps 1e-5, and inputs scaled by torchvision's own mean and std.
+    # Whose pretrained ResNet this is; load_weights changes the model to that of the file. "keras"
+    # has the stride of a stage in its first 1x1 convolution, BatchNorm eps 1e-3 and inputs minus
+    # MEAN_PIXEL; "torchvision" has it in the 3x3 convolution, eps 1e-5, and inputs scaled by
+    # torchvision's own mean and std.
     BACKBONE_STYLE: str = "keras"
     TOP_DOWN_PYRAMID_SIZE: int = 256
     # Where load_weights("imagenet") reads; None finds or downloads torchvision's file.
@@ -162,14 +163,14 @@ class Config:
 
     def backbone_shapes(self, image_shape: Sequence[int]) -> list[tuple[int, int]]:
         """Sizes of P2..P6 for a network input of (height, width, ...) pixels."""
-        compute = self.function("COMPUTE_BACKBONE_SHAPE")
+        compute = self.option("COMPUTE_BACKBONE_SHAPE")
         if compute is not None:
             return [(int(h), int(w)) for h, w in compute(image_shape)]
         height, width = image_shape[:2]
         return [(math.ceil(height / s), math.ceil(width / s)) for s in self.BACKBONE_STRIDES]
 
-    def function(self, name: str) -> Callable | None:
-        """The value of a callable option, without the `self` that a class attribute binds."""
+    def option(self, name: str) -> Any:
+        """The value of an option; a function without the `self` that a class attribute binds."""
         return inspect.getattr_static(self, name)
 
     # ------------------------------------------------------------------ looking and checking
@@ -192,6 +193,8 @@ class Config:
             ValueError: names the option, its value and what to do.
         """
         for name in self.to_dict():
+            if name in REPLACED:
+                raise ValueError(f"{name} is no option any more; use {REPLACED[name]}")
             if not hasattr(Config, name) and _did_you_mean(name):
                 raise ValueError(f"{name} is no option of Config{_did_you_mean(name)}")
         self._validate_numbers()
@@ -204,7 +207,7 @@ class Config:
                 value = getattr(self, name)
                 try:
                     right = condition(value)
-                except TypeError:  # a string or None where a number belongs
+                except (TypeError, ValueError):  # no number, or no list, where one belongs
                     right = False
                 if not right:
                     raise ValueError(f"{name} must be {expectation}, got {value!r}")
@@ -230,6 +233,18 @@ class Config:
             *("RPN_NMS_THRESHOLD", "DETECTION_NMS_THRESHOLD", "DETECTION_MIN_CONFIDENCE"),
             *("ROI_POSITIVE_RATIO", "LEARNING_MOMENTUM"),
         )
+        check(lambda v: whole(v, 0), "a whole number from 0", "VALIDATION_STEPS")
+        check(
+            lambda v: v is None or whole(v, 1),
+            "a whole number from 1, or None",
+            *("IMAGE_MIN_DIM", "IMAGE_MAX_DIM"),
+        )
+        check(
+            lambda v: v in (True, False),
+            "True or False",
+            *("TRAIN_BN", "USE_RPN_ROIS", "USE_MINI_MASK"),
+            *("SKIP_EMPTY_IMAGES", "SKIP_UNREADABLE_IMAGES"),
+        )
         check(lambda v: v > 0, "above 0", "LEARNING_RATE", "GRADIENT_CLIP_NORM")
         check(lambda v: v >= 0, "0 or more", "WEIGHT_DECAY", "IMAGE_MIN_SCALE")
         check(
@@ -237,7 +252,20 @@ class Config:
             "four numbers above 0",
             *("RPN_BBOX_STD_DEV", "BBOX_STD_DEV"),
         )
-        check(lambda v: len(v) == 2 and min(v) >= 1, "(height, width)", "MINI_MASK_SHAPE")
+        check(
+            lambda v: len(v) == 2 and all(whole(n, 1) for n in v),
+            "(height, width), whole numbers",
+            *("MINI_MASK_SHAPE", "MASK_SHAPE"),
+        )
+        check(lambda v: len(v) == 5 and min(v) > 0, "five numbers above 0", "RPN_ANCHOR_SCALES")
+        check(lambda v: min(v) > 0, "one or more numbers above 0", "RPN_ANCHOR_RATIOS")
+        check(
+            lambda v: tuple(v) == (4, 8, 16, 32, 64),
+            "(4, 8, 16, 32, 64), the strides of P2..P6",
+            "BACKBONE_STRIDES",
+        )
+        check(lambda v: len(v) >= 1 and sum(v) >= 0, "a number per channel", "MEAN_PIXEL")
+        check(lambda v: v is None or callable(v), "a function or None", "COMPUTE_BACKBONE_SHAPE")
         check(
             lambda v: set(v) == set(Config.LOSS_WEIGHTS) and min(v.values()) >= 0,
             f"a dict of weights of 0 or more for {', '.join(Config.LOSS_WEIGHTS)}",
@@ -271,8 +299,10 @@ class Config:
 
     def _validate_network(self) -> None:
         if isinstance(self.BACKBONE, dict):
-            blocks = self.BACKBONE.get("blocks", ())
-            if set(self.BACKBONE) != {"blocks", "width"} or len(blocks) != 4 or min(blocks) < 1:
+            blocks, width = self.BACKBONE.get("blocks", ()), self.BACKBONE.get("width")
+            numbers = [*blocks, width]
+            whole = all(isinstance(number, int) and number >= 1 for number in numbers)
+            if set(self.BACKBONE) != {"blocks", "width"} or len(blocks) != 4 or not whole:
                 raise ValueError(
                     "BACKBONE as a dict must be {'blocks': (four numbers from 1), 'width':"
                     f" channels of C1}}, got {self.BACKBONE!r}"
@@ -291,17 +321,6 @@ class Config:
                 "BACKBONE_STYLE 'torchvision' needs IMAGE_CHANNEL_COUNT 3,"
                 f" got {self.IMAGE_CHANNEL_COUNT}"
             )
-        levels = len(self.BACKBONE_STRIDES)
-        if levels != 5 or len(self.RPN_ANCHOR_SCALES) != levels:
-            raise ValueError(
-                "BACKBONE_STRIDES and RPN_ANCHOR_SCALES must have five numbers each, one per level"
-                f" P2..P6, got {levels} and {len(self.RPN_ANCHOR_SCALES)}"
-            )
-        if len(self.RPN_ANCHOR_RATIOS) < 1 or min(self.RPN_ANCHOR_RATIOS) <= 0:
-            raise ValueError(
-                f"RPN_ANCHOR_RATIOS must be one or more numbers above 0, got"
-                f" {self.RPN_ANCHOR_RATIOS!r}"
-            )
         mask = 2 * self.MASK_POOL_SIZE
         if tuple(self.MASK_SHAPE) != (mask, mask):
             raise ValueError(
@@ -310,6 +329,12 @@ class Config:
             )
 
 
+# Options of the originals and what took their place.
+REPLACED = {
+    "IMAGE_PADDING": "IMAGE_RESIZE_MODE",
+    "BACKBONE_SHAPES": "COMPUTE_BACKBONE_SHAPE",
+    "IMAGE_META_SIZE": "nothing: there is no image_meta",
+}
 _DERIVED = {name for name, value in vars(Config).items() if isinstance(value, property)}
 
 

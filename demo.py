@@ -66,22 +66,22 @@ def draw_stages(
         return modellib.unmold_boxes(boxes, windows[0], image.shape).cpu().numpy()
 
     rpn, proposals, detections = prediction.rpn, prediction.proposals, prediction.detections
-    best = (rpn.logits[0, :, 1] - rpn.logits[0, :, 0]).topk(100).indices
+    best = (rpn.logits[0, :, 1] - rpn.logits[0, :, 0]).sort(descending=True).indices[:100]
     anchors = model.get_anchors(molded.shape[2:])[best]
     std_dev = anchors.new_tensor(model.config.RPN_BBOX_STD_DEV)
     refined = utils.apply_box_deltas(anchors, rpn.deltas[0, best] * std_dev)
     refined = utils.clip_boxes(refined, (0.0, 0.0, 1.0, 1.0))
     boxes, rois = pixels(detections.boxes), pixels(proposals.boxes[detections.roi_index])
     class_ids, scores = detections.class_ids.cpu().numpy(), detections.scores.cpu().numpy()
-    mask_probs = prediction.mask_probs.cpu().numpy()
+    mask_probs, shown = prediction.mask_probs.cpu().numpy(), utils.as_uint8_image(image)
     pictures = {
         "1_anchors": visualize.draw_anchor_stage(
-            image, pixels(anchors), pixels(refined), pixels(proposals.boxes[:100])
+            shown, pixels(anchors), pixels(refined), pixels(proposals.boxes[:100])
         ),
         "2_refinement": visualize.draw_refinement_stage(
-            image, rois, boxes, class_ids, names, scores
+            shown, rois, boxes, class_ids, names, scores
         ),
-        "3_masks": visualize.draw_mask_stage(image, mask_probs, boxes, class_ids, names, scores),
+        "3_masks": visualize.draw_mask_stage(shown, mask_probs, boxes, class_ids, names, scores),
     }
     return result, pictures
 
@@ -99,6 +99,10 @@ def write(path: Path, content: np.ndarray | list[dict[str, Any]]) -> None:
         partial.unlink(missing_ok=True)
 
 
+def one_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def run(args: argparse.Namespace) -> int:
     """Does what the command line asks; returns the number of images that could not be read."""
     if not 0 <= args.min_confidence <= 1:
@@ -110,36 +114,36 @@ def run(args: argparse.Namespace) -> int:
     ).to(device)
     names = class_names(model.config.NUM_CLASSES)
     category_ids = coco.CATEGORY_IDS if names is coco.CLASS_NAMES else None
+    channels = model.config.IMAGE_CHANNEL_COUNT
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
 
     broken, used = 0, set()
     for path in tqdm(paths, unit="image", disable=len(paths) == 1):
+        stem = "astronaut" if path is None else path.stem
         try:
-            image = sample_image() if path is None else utils.load_image(path)
-        except (OSError, ValueError) as error:
-            tqdm.write(f"demo.py: skipped: {error}", file=sys.stderr)
+            image = utils.load_image(path, channels) if path else sample_image()
+            if args.stages:
+                result, pictures = draw_stages(model, image, names)
+            else:
+                result, pictures = model.detect([image], masks="rle")[0], {}
+        except (OSError, ValueError, RuntimeError) as error:
+            tqdm.write(f"demo.py: skipped {path or stem}: {one_line(error)}", file=sys.stderr)
             broken += 1
             continue
-        stem = "astronaut" if path is None else path.stem
         name = next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, 10**6))) if n not in used)
         used.add(name)
-
-        if args.stages:
-            result, pictures = draw_stages(model, image, names)
-        else:
-            result, pictures = model.detect([image], masks="rle")[0], {}
-        arguments = (image, result["rois"], result["masks"], result["class_ids"], names)
-        picture = visualize.draw_instances(*arguments, result["scores"])
+        arguments = (result["rois"], result["masks"], result["class_ids"], names, result["scores"])
+        picture = visualize.draw_instances(utils.as_uint8_image(image), *arguments)
         pictures["4_final" if args.stages else "detections"] = picture
         for stage, content in pictures.items():
             write(output / f"{name}_{stage}.png", content)
         if args.json:
-            image_id = int(stem) if stem.isdigit() else name
+            image_id = int(name) if name.isdecimal() else name
             write(output / f"{name}.json", coco.build_coco_results(image_id, result, category_ids))
         tqdm.write(f"{path or name}: {len(result['scores'])} objects, {output / name}_*.png")
         if args.show:
-            visualize.display_images([picture], [name], cols=1)
+            visualize.display_images([picture], [name], cols=1, show=True)
     return broken
 
 
@@ -160,8 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1 if run(args) else 0
     except KeyboardInterrupt:
         return 130
-    except (OSError, ValueError, RuntimeError) as error:
-        print(f"demo.py: {str(error).splitlines()[0]}", file=sys.stderr)
+    except (OSError, TypeError, ValueError, RuntimeError) as error:
+        print(f"demo.py: {one_line(error)}", file=sys.stderr)
         return 2
 
 

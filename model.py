@@ -131,6 +131,10 @@ class Bottleneck(nn.Module):
         return F.relu(self.bn3(self.conv3(x)) + shortcut, inplace=True)
 
 
+class StemPool(nn.MaxPool2d):
+    """The 3 x 3 pooling of stride 2 after conv1; see MaskRCNN.set_backbone_style for its border."""
+
+
 def resnet(blocks: Sequence[int], width: int = 64, in_channels: int = 3) -> list[nn.Module]:
     """The stages C1..C5 of a ResNet with bottleneck blocks.
 
@@ -148,7 +152,7 @@ def resnet(blocks: Sequence[int], width: int = 64, in_channels: int = 3) -> list
             BatchNorm2d(width),
             nn.ReLU(inplace=True),
             # TensorFlow's SAME padding: on an even map the last window hangs over the edge.
-            nn.MaxPool2d(3, stride=2, ceil_mode=True),
+            StemPool(3, stride=2, ceil_mode=True),
         )
     ]
     channels = width
@@ -164,12 +168,11 @@ def resnet(blocks: Sequence[int], width: int = 64, in_channels: int = 3) -> list
 
 def build_backbone(config: Config) -> list[nn.Module]:
     """C1..C5 as config.BACKBONE asks."""
-    backbone = config.function("BACKBONE")
+    backbone = config.option("BACKBONE")
     if isinstance(backbone, str):
         return resnet(BLOCKS[backbone], in_channels=config.IMAGE_CHANNEL_COUNT)
     if isinstance(backbone, dict):
         return resnet(**backbone, in_channels=config.IMAGE_CHANNEL_COUNT)
-    assert backbone is not None
     stages = list(backbone(config))
     if len(stages) != 5:
         raise ValueError(f"BACKBONE must return the five modules C1..C5, got {len(stages)}")
@@ -280,7 +283,7 @@ def same_pad(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
 
 @torch.no_grad()
-def propose(rpn: RPNOutput, anchors: Tensor, count: int, config: Config) -> Rois:
+def proposal_layer(rpn: RPNOutput, anchors: Tensor, count: int, config: Config) -> Rois:
     """The anchors of highest foreground score, refined, clipped and without near duplicates.
 
     Args:
@@ -288,7 +291,7 @@ def propose(rpn: RPNOutput, anchors: Tensor, count: int, config: Config) -> Rois
         anchors: [A, 4] float32, unit frame.
         count: proposals to keep per image.
     """
-    scores = rpn.logits.softmax(dim=2)[:, :, 1]
+    scores = rpn.logits.float().softmax(dim=2)[:, :, 1]
     limit = min(config.PRE_NMS_LIMIT, anchors.shape[0])
     std_dev = anchors.new_tensor(config.RPN_BBOX_STD_DEV)
     boxes, image_index = [], []
@@ -331,6 +334,7 @@ def pyramid_roi_align(
     # A box of 224 x 224 pixels belongs to P4. log(0) = -inf is clamped to P2.
     scale = 224.0 / math.sqrt(image_shape[0] * image_shape[1])
     levels = (4 + ((height * width).sqrt() / scale).log2().round()).clamp(2, 5)
+    boxes = boxes.to(torch.promote_types(boxes.dtype, features[0].dtype))
     pooled = boxes.new_empty(len(boxes), features[0].shape[1], pool_size, pool_size)
     for level, feature in enumerate(features, start=2):
         members = (levels == level).nonzero()[:, 0]
@@ -728,17 +732,26 @@ class MaskRCNN(nn.Module):
         channels = config.IMAGE_CHANNEL_COUNT
         self.register_buffer("mean", torch.empty(channels, 1, 1), persistent=False)
         self.register_buffer("std", torch.empty(channels, 1, 1), persistent=False)
-        self._anchors: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
+        self._anchors: dict[tuple, tuple[Tensor, Tensor]] = {}
         self._initialize_weights()
         self.set_backbone_style(config.BACKBONE_STYLE)
+        self.train()
 
     def _initialize_weights(self) -> None:
         """Glorot's uniform distribution and zero biases, as Keras does."""
+        # A backbone of one's own brings its weights.
+        own = self._stages() if callable(self.config.option("BACKBONE")) else []
+        brought = {module for stage in own for module in stage.modules()}
         for module in self.modules():
+            if module in brought:
+                continue
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+    def _stages(self) -> list[nn.Module]:
+        return [self.fpn.C1, self.fpn.C2, self.fpn.C3, self.fpn.C4, self.fpn.C5]
 
     @property
     def device(self) -> torch.device:
@@ -793,7 +806,8 @@ class MaskRCNN(nn.Module):
     def set_backbone_style(self, style: str) -> None:
         """Makes the ResNet compute what its weights were trained with.
 
-        Called by load_weights; config.BACKBONE_STYLE remembers it.
+        Called by load_weights. config.BACKBONE_STYLE is where a new model starts; what came of it
+        is kept in backbone_style and in checkpoints.
 
         Args:
             style: "keras" (stride in the first 1 x 1 convolution of a stage, SAME padding of the
@@ -803,23 +817,23 @@ class MaskRCNN(nn.Module):
         Raises:
             ValueError: no such style, or one that the config does not allow.
         """
-        before, self.config.BACKBONE_STYLE = self.config.BACKBONE_STYLE, style
-        try:
-            self.config.validate()
-        except ValueError:
-            self.config.BACKBONE_STYLE = before
-            raise
+        if style not in ("keras", "torchvision"):
+            raise ValueError(f"style must be 'keras' or 'torchvision', got {style!r}")
+        if style == "torchvision" and self.config.IMAGE_CHANNEL_COUNT != 3:
+            raise ValueError(
+                "the style 'torchvision' needs IMAGE_CHANNEL_COUNT 3, got"
+                f" {self.config.IMAGE_CHANNEL_COUNT}"
+            )
+        self.backbone_style = style
         torchvision = style == "torchvision"
         mean = TORCHVISION_MEAN if torchvision else self.config.MEAN_PIXEL
         std = TORCHVISION_STD if torchvision else [1.0] * len(mean)
         self.mean.copy_(torch.tensor(mean).view(-1, 1, 1))
         self.std.copy_(torch.tensor(std).view(-1, 1, 1))
-        if callable(self.config.function("BACKBONE")):
-            return
         for module in self.fpn.modules():
             if isinstance(module, BatchNorm2d):
                 module.eps = 1e-5 if torchvision else 1e-3
-            elif isinstance(module, nn.MaxPool2d):
+            elif isinstance(module, StemPool):
                 module.padding, module.ceil_mode = (1, False) if torchvision else (0, True)
             elif isinstance(module, Bottleneck):
                 # The first block of C3, C4 and C5 has the strides 1 and 2, in this order or that.
@@ -859,9 +873,10 @@ class MaskRCNN(nn.Module):
 
     def _all_anchors(self, image_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Anchors [A, 4], float64 network pixels and float32 unit frame."""
-        key = (image_shape[0], image_shape[1], self.device)
+        config = self.config
+        options = (config.RPN_ANCHOR_SCALES, config.RPN_ANCHOR_RATIOS, config.RPN_ANCHOR_STRIDE)
+        key = (*image_shape[:2], self.device, str(options))
         if key not in self._anchors:
-            config = self.config
             anchors = utils.generate_pyramid_anchors(
                 config.RPN_ANCHOR_SCALES,
                 config.RPN_ANCHOR_RATIOS,
@@ -871,6 +886,8 @@ class MaskRCNN(nn.Module):
             )
             frames = anchors, utils.norm_boxes(anchors, image_shape)
             pixels, unit = (torch.from_numpy(x).to(self.device) for x in frames)
+            if len(self._anchors) == 8:  # in mode "pad64" each image may have a shape of its own
+                self._anchors.pop(next(iter(self._anchors)))
             self._anchors[key] = pixels, unit
         return self._anchors[key]
 
@@ -889,7 +906,13 @@ class MaskRCNN(nn.Module):
         )
         config = self.config
         count = config.POST_NMS_ROIS_TRAINING if self.training else config.POST_NMS_ROIS_INFERENCE
-        return rpn, propose(rpn, self.get_anchors(image_shape), count, config)
+        anchors = self.get_anchors(image_shape)
+        if len(anchors) != rpn.logits.shape[1]:
+            raise ValueError(
+                f"COMPUTE_BACKBONE_SHAPE must give the sizes of P2..P6, {len(anchors)} anchors for"
+                f" {tuple(image_shape)} pixels, got {rpn.logits.shape[1]} from the network"
+            )
+        return rpn, proposal_layer(rpn, anchors, count, config)
 
     def forward(
         self, images: Tensor, targets: Sequence[Mapping[str, Any]] | None = None
@@ -990,12 +1013,12 @@ class MaskRCNN(nn.Module):
         *features, p6 = self.fpn(self.normalize(images))
         rpn, proposals = self.propose([*features, p6], image_shape)
         class_logits, class_deltas = self.classifier(features, proposals, image_shape)
-        class_probs = class_logits.softmax(dim=1)
+        class_probs = class_logits.float().softmax(dim=1)
         detections = refine_detections(proposals, class_probs, class_deltas, windows, self.config)
         rois = Rois(detections.boxes, detections.image_index)
         mask_logits = self.mask(features, rois, detections.class_ids, image_shape)
         return Prediction(
-            rpn, proposals, class_probs, class_deltas, detections, mask_logits.sigmoid()
+            rpn, proposals, class_probs, class_deltas, detections, mask_logits.float().sigmoid()
         )
 
     def detect(
@@ -1006,7 +1029,7 @@ class MaskRCNN(nn.Module):
         Args:
             images: a list of arrays [H, W, 3] uint8 RGB of any sizes. Grey, RGBA, 16-bit and
                 float (0..1) images are converted, see utils.as_uint8_image.
-            verbose: 1 logs the images, objects and seconds of each batch.
+            verbose: 1 prints the sizes, objects and seconds of each batch.
             masks: "full" for masks at the image's size, "rle" for COCO run-length encoding (small,
                 for big images and many objects), "box" for masks at the size of their boxes.
 
@@ -1034,7 +1057,8 @@ class MaskRCNN(nn.Module):
             batches["square" if square else image.shape].append(i)
 
         results: list[dict[str, Any]] = [{} for _ in images]
-        training, size = self.training, self.config.BATCH_SIZE
+        size = self.config.BATCH_SIZE
+        training = [module for module in self.modules() if module.training]
         self.eval()
         try:
             for members in batches.values():
@@ -1044,7 +1068,8 @@ class MaskRCNN(nn.Module):
                     for i, result in zip(batch, found, strict=True):
                         results[i] = result
         finally:
-            self.train(training)
+            for module in training:
+                module.training = True
         return results
 
     def _detect_batch(
@@ -1061,7 +1086,7 @@ class MaskRCNN(nn.Module):
             shapes = ", ".join(f"{image.shape[0]}x{image.shape[1]}" for image in images)
             counts = ", ".join(str(len(result["scores"])) for result in results)
             seconds = time.perf_counter() - start
-            logger.info("images %s: %s objects in %.2f s", shapes, counts, seconds)
+            print(f"images {shapes}: {counts} objects in {seconds:.2f} s")
         return results
 
     def mold_inputs(self, images: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:

@@ -35,11 +35,17 @@ def find_cuda() -> Path | None:
     """The CUDA toolkit; the nvcc on the PATH may be a wrapper script outside of it."""
     if os.environ.get("WITH_CUDA") == "0":
         return None
-    if home := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
-        return Path(home)
-    homes = [Path(nvcc).resolve().parents[1] for nvcc in [shutil.which("nvcc")] if nvcc]
-    homes.append(Path("/usr/local/cuda"))
-    return next((home for home in homes if (home / "bin" / "nvcc.profile").is_file()), None)
+    if given := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        return Path(given)
+    nvcc = shutil.which("nvcc")
+    homes = [*([Path(nvcc).resolve().parents[1]] if nvcc else []), Path("/usr/local/cuda")]
+    for home in homes:
+        if (home / "bin" / "nvcc.profile").is_file():
+            return home
+    if nvcc:
+        error = FileNotFoundError(f"no toolkit around {nvcc}: set CUDA_HOME")
+        warn("nms and roialign are not compiled for CUDA", error)
+    return None
 
 
 def architecture_flags(cuda: Path) -> list[str]:

@@ -202,7 +202,7 @@ def load_image(path: str | Path, channel_count: int = 3) -> np.ndarray:
 
     Args:
         path: any file that pillow reads.
-        channel_count: 3 turns gray, palette and CMYK into RGB and drops alpha.
+        channel_count: 3 turns gray, palette and CMYK into RGB and drops alpha; 1 makes gray.
 
     Returns:
         [H, W, channel_count] uint8, RGB for 3.
@@ -222,8 +222,11 @@ def load_image(path: str | Path, channel_count: int = 3) -> np.ndarray:
                 picture = picture.convert("RGBA")
             elif picture.mode not in ("1", "L", "I", "I;16", "I;16B", "F", "RGB", "RGBA"):
                 picture = picture.convert("RGB")
-            image = np.asarray(picture)
-        if picture.mode == "I" and image.size and image.min() >= 0 and image.max() < 2**16:
+            if channel_count == 1 and picture.mode in ("RGB", "RGBA"):
+                picture = picture.convert("L")
+            image = np.array(picture)
+            is_png = file.format == "PNG"
+        if picture.mode == "I" and is_png:
             image = image.astype(np.uint16)  # how older pillow opens 16-bit gray
         return as_uint8_image(image, channel_count)
     except Exception as error:  # pillow's decoders raise whatever they stumble over
@@ -500,7 +503,7 @@ def paste_mask(mask: Tensor, height: int, width: int) -> Tensor:
         [height, width] bool, True where the probability is at least 0.5.
     """
 
-    def weights(size: int, new_size: int) -> Tensor:
+    def triangles(size: int, new_size: int) -> Tensor:
         index = torch.arange(size, device=mask.device, dtype=mask.dtype)
         # One division of exact numbers: the middle of an odd side lands exactly between two.
         odd = 2 * torch.arange(new_size, device=mask.device, dtype=mask.dtype)[:, None] + 1
@@ -508,7 +511,8 @@ def paste_mask(mask: Tensor, height: int, width: int) -> Tensor:
 
     if height < 1 or width < 1:
         return mask.new_zeros((max(height, 0), max(width, 0)), dtype=torch.bool)
-    resized = weights(mask.shape[0], height) @ mask @ weights(mask.shape[1], width).T
+    with torch.autocast(mask.device.type, enabled=False):  # half precision moves the outline
+        resized = triangles(mask.shape[0], height) @ mask @ triangles(mask.shape[1], width).T
     # Like resize(): no value below the mask's least, so the border does not fade in a full mask.
     return resized.clamp(min=mask.min()) >= 0.5
 

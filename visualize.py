@@ -29,7 +29,7 @@ from torch import nn
 
 import utils
 
-Masks = np.ndarray | Sequence[dict[str, Any]]
+Masks = np.ndarray | Sequence[dict[str, Any]] | Sequence[np.ndarray]
 Colors = Sequence[Any] | np.ndarray | str | None
 
 LINE_WIDTH = 1.6  # points; the dpi of a picture follows its size, so lines and letters do too
@@ -212,8 +212,13 @@ def _draw_masks(
     contours, contour_colors = [], []
     for i in order:
         y1, x1, y2, x2 = _pixel_box(boxes[i], image.shape)
-        mask = masks[:, :, i] if isinstance(masks, np.ndarray) else utils.rle_decode(masks[i])
-        mask = np.ascontiguousarray(mask[y1:y2, x1:x2])
+        if isinstance(masks, np.ndarray):
+            mask = masks[y1:y2, x1:x2, i]
+        elif isinstance(masks[i], dict):
+            mask = utils.rle_decode(masks[i])[y1:y2, x1:x2]
+        else:
+            mask = masks[i]
+        mask = np.ascontiguousarray(mask)
         apply_mask(image[y1:y2, x1:x2], mask, colors[i], alpha)
         step = 1 + max(mask.shape) // 1500  # finer than the line is wide, and quick when huge
         padded = np.pad(mask[::step, ::step], 1).astype(np.float32)
@@ -308,7 +313,7 @@ def draw_instances(
     Args:
         image: [H, W, 3] uint8.
         boxes: [N, (y1, x1, y2, x2)], image pixels.
-        masks: [H, W, N] bool, N run-length dicts, or None.
+        masks: [H, W, N] bool, N run-length dicts, N arrays of the boxes' sizes, or None.
         class_ids: [N] int.
         class_names: one name per class id.
         scores: [N], shown after the class name.

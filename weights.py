@@ -172,6 +172,7 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
     """Writes a checkpoint {"model": state_dict, "config": plain values, "version"}, atomically."""
     config = getattr(model, "config", None)
     values = _plain(config.to_dict()) if config else {}
+    values["BACKBONE_STYLE"] = getattr(model, "backbone_style", "keras")
     save_atomic({"model": model.state_dict(), "config": values, "version": VERSION}, path)
 
 
@@ -210,7 +211,10 @@ def _matching(names: Sequence[str], keys: Iterable[str]) -> set[str]:
             continue
         module = "rpn" if name == "rpn_model" else _keras_module(name) or name
         pattern = rf"(?:{module})(?:\..+)?"
-        hits = {key for key in keys if re.fullmatch(pattern, key)}
+        try:
+            hits = {key for key in keys if re.fullmatch(pattern, key)}
+        except re.error as error:
+            raise ValueError(f"exclude: {name!r} is no regular expression: {error}") from error
         if not hits:
             known = {key.rpartition(".")[0] for key in keys} | {"fpn", "rpn", "classifier", "mask"}
             close = difflib.get_close_matches(name, [*KERAS_LAYERS, *sorted(known)])
@@ -310,11 +314,15 @@ def read_options(path: str | Path) -> dict[str, Any]:
     """Options of Config for a model that fits a weight file.
 
     Our checkpoints hold all of them; elsewhere the shapes tell the backbone, widths and classes.
-    Raises what read_state_dict raises, and ValueError where the file has no heads.
+    Raises what read_state_dict raises, and ValueError where the file is but a part of a model.
     """
-    state, _, config, _ = read_state_dict(path)
-    if "classifier.linear_class.weight" not in state or "rpn.conv_class.weight" not in state:
-        raise ValueError(f"{path} has no heads: it can start a training, not detect")
+    state, kind, config, _ = read_state_dict(path)
+    if kind == "checkpoint" and "BACKBONE" in config:
+        return config
+    parts = ("fpn.C1.0", "fpn.P2_conv1", "rpn.conv_shared", "classifier.linear_class")
+    missing = [part for part in parts if f"{part}.weight" not in state]
+    if missing:
+        raise ValueError(f"{path} must hold a whole model to detect with, lacks {missing}")
     blocks, width = _blocks(state), len(state["fpn.C1.0.weight"])
     classes, channels = state["classifier.linear_class.weight"].shape
     return {
@@ -428,7 +436,7 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
         )
 
     state = {
-        re.sub(r"^module\.", "", str(key)): tensor  # DataParallel's prefix
+        re.sub(r"^(module\.|_orig_mod\.)+", "", str(key)): tensor  # DataParallel, torch.compile
         for key, tensor in data.items()
         if not str(key).endswith("num_batches_tracked")
     }
@@ -629,7 +637,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("target", metavar="OUT", help="the .pth to write")
     command = commands.add_parser("download", help="fetch published weights")
     command.add_argument("name", metavar="NAME", help=", ".join(SOURCES))
-    command.add_argument("--folder", help=f"where to keep it (default: {cache_folder()})")
+    command.add_argument("--folder", help="where to keep it (default: the cache folder)")
     command = commands.add_parser("info", help="format, size, backbone and classes of a file")
     command.add_argument("file", metavar="FILE", help="any weight file")
     args = parser.parse_args(arguments)

@@ -96,7 +96,7 @@ def stage_seconds(model: modellib.MaskRCNN, image: np.ndarray) -> dict[str, floa
     )
     lap("rpn")
     anchors = model.get_anchors(shape)
-    proposals = modellib.propose(rpn, anchors, config.POST_NMS_ROIS_INFERENCE, config)
+    proposals = modellib.proposal_layer(rpn, anchors, config.POST_NMS_ROIS_INFERENCE, config)
     lap("proposals")
     logits, deltas = model.classifier(features, proposals, shape)
     probs = logits.softmax(dim=1)

@@ -35,8 +35,17 @@ def test_a_callable_option_of_a_class_is_called_without_self():
         ({"BACKBONE": "resnet18"}, "BACKBONE must be 'resnet50'.*got 'resnet18'"),
         ({"BACKBONE": {"blocks": (1, 1)}}, "BACKBONE as a dict must be"),
         ({"BACKBONE_STYLE": "caffe"}, "BACKBONE_STYLE must be .*got 'caffe'"),
-        ({"RPN_ANCHOR_SCALES": (32, 64)}, "five numbers each.*got 5 and 2"),
+        ({"BACKBONE": {"blocks": (1, 1, 1, 1), "width": 0}}, "BACKBONE as a dict must be"),
+        ({"BACKBONE_STRIDES": (8, 16, 32, 64, 128)}, r"BACKBONE_STRIDES must be \(4, 8, 16"),
+        ({"RPN_ANCHOR_SCALES": (32, 64)}, "RPN_ANCHOR_SCALES must be five numbers above 0"),
         ({"RPN_ANCHOR_RATIOS": ()}, "RPN_ANCHOR_RATIOS must be"),
+        ({"RPN_ANCHOR_RATIOS": (0.5, "1")}, "RPN_ANCHOR_RATIOS must be"),
+        ({"COMPUTE_BACKBONE_SHAPE": "x"}, "COMPUTE_BACKBONE_SHAPE must be a function or None"),
+        ({"IMAGE_MIN_DIM": "800"}, "IMAGE_MIN_DIM must be a whole number from 1, or None"),
+        ({"IMAGE_MIN_DIM": -5}, "IMAGE_MIN_DIM must be a whole number from 1"),
+        ({"MEAN_PIXEL": 1.0}, "MEAN_PIXEL must be a number per channel"),
+        ({"MASK_SHAPE": None}, "MASK_SHAPE must be"),
+        ({"TRAIN_BN": "no"}, "TRAIN_BN must be True or False"),
         ({"MASK_SHAPE": (56, 56)}, r"twice MASK_POOL_SIZE, \(28, 28\), got \(56, 56\)"),
         ({"NUM_CLASSES": 0}, "NUM_CLASSES must be a whole number from 1, got 0"),
         ({"NUM_CLASSES": "81"}, "NUM_CLASSES must be a whole number from 1, got '81'"),
@@ -61,6 +70,14 @@ def test_misspelt_options_are_refused():
 
     with pytest.raises(ValueError, match="did you mean DETECTION_MIN_CONFIDENCE?"):
         Misspelt().validate()
+
+    class Older(Config):
+        IMAGE_PADDING = False
+
+    with pytest.raises(
+        ValueError, match="IMAGE_PADDING is no option any more; use IMAGE_RESIZE_MODE"
+    ):
+        Older().validate()
 
     class Extended(Config):
         CELL_STAIN = "DAPI"

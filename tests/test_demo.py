@@ -95,6 +95,14 @@ def test_a_broken_image_is_named_and_the_rest_is_done(model_path, photos, tmp_pa
     assert len(list((tmp_path / "out").iterdir())) == 2
 
 
+def test_models_of_other_channel_counts(tmp_path, photos):
+    path = tmp_path / "grey.pth"
+    config = TinyConfig(IMAGE_CHANNEL_COUNT=1, MEAN_PIXEL=(100.0,))
+    weights.save_weights(MaskRCNN(config), path)
+    assert run(path, tmp_path, photos, "--stages") == 0
+    assert utils.load_image(tmp_path / "out" / "one_4_final.png").shape == (60, 90, 3)
+
+
 def test_images_of_one_name_do_not_overwrite_each_other(model_path, photos, tmp_path):
     Image.fromarray(utils.load_image(photos / "one.png")).save(photos / "one.jpg")
     assert run(model_path, tmp_path, photos) == 0

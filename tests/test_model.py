@@ -1,6 +1,5 @@
 """The network's parts on hand-made input, and detect() as users call it."""
 
-import logging
 import math
 
 import numpy as np
@@ -134,7 +133,7 @@ def test_proposals_of_the_reference():
     score = torch.from_numpy(foreground).double()
     logits = torch.stack([(1 - score).log(), score.log()], dim=2)
     rpn = RPNOutput(logits.float(), torch.from_numpy(deltas))
-    rois = modellib.propose(rpn, anchors, 300, Config())
+    rois = modellib.proposal_layer(rpn, anchors, 300, Config())
     for image in (0, 1):
         boxes = rois.boxes[rois.image_index == image].numpy()
         assert boxes.shape == (300, 4)
@@ -368,12 +367,13 @@ def test_what_is_no_list_of_images_is_refused(tiny):
     assert tiny.detect([]) == []
 
 
-def test_detect_restores_the_mode_and_tells_on_request(tiny, caplog):
+def test_detect_restores_the_mode_and_tells_on_request(tiny, capsys):
     tiny.train()
-    with caplog.at_level(logging.INFO, logger="model"):
-        tiny.detect([noise(20, 30)], verbose=1)
+    tiny.rpn.eval()
+    tiny.detect([noise(20, 30)], verbose=1)
     assert tiny.training
-    assert "20x30" in caplog.text
+    assert not tiny.rpn.training
+    assert "20x30" in capsys.readouterr().out
     tiny.eval()
 
 
@@ -411,10 +411,74 @@ def test_a_style_that_the_config_refuses_changes_nothing():
     model = MaskRCNN(TinyConfig(**options))
     with pytest.raises(ValueError, match="needs IMAGE_CHANNEL_COUNT 3"):
         model.set_backbone_style("torchvision")
-    assert model.config.BACKBONE_STYLE == "keras"
+    assert model.backbone_style == "keras"
     assert model.mean.flatten().tolist() == [1.0, 2.0, 3.0, 4.0]
     image = np.random.default_rng(0).integers(0, 256, (40, 50, 4), dtype=np.uint8)
     assert model.detect([image])[0]["masks"].shape[:2] == (40, 50)
+
+
+def test_a_fresh_model_keeps_its_batch_norm():
+    model = MaskRCNN(TinyConfig())
+    before = model.fpn.C1[1].running_mean.clone()
+    with torch.no_grad():
+        model.fpn(torch.randn(1, 3, 128, 128))
+    assert torch.equal(model.fpn.C1[1].running_mean, before)
+
+
+def test_a_backbone_of_ones_own_keeps_its_weights_and_takes_the_style():
+    def backbone(config):
+        stages = modellib.resnet((1, 1, 1, 1), width=8)
+        nn.init.constant_(stages[0][0].weight, 0.125)
+        return stages
+
+    model = MaskRCNN(TinyConfig(BACKBONE=backbone))
+    assert (model.fpn.C1[0].weight == 0.125).all()
+    assert model.rpn.conv_shared.weight.std() > 0
+    model.set_backbone_style("torchvision")
+    assert model.fpn.C3[0].conv2.stride == (2, 2)
+    assert model.fpn.C1[3].padding == 1
+
+
+def test_two_models_of_one_config_have_styles_of_their_own(tmp_path):
+    import weights
+
+    config = TinyConfig()
+    plain, other = MaskRCNN(config), MaskRCNN(config)
+    other.set_backbone_style("torchvision")
+    weights.save_weights(plain, tmp_path / "plain.pth")
+    weights.save_weights(other, tmp_path / "other.pth")
+    assert MaskRCNN.from_weights(tmp_path / "plain.pth").backbone_style == "keras"
+    assert MaskRCNN.from_weights(tmp_path / "other.pth").backbone_style == "torchvision"
+
+
+def test_double_and_half_precision(tiny):
+    image = synthetic_image(90, 150)
+    expected = tiny.detect([image])[0]
+    torch.manual_seed(0)
+    double = MaskRCNN(TinyConfig()).double().eval()
+    double.load_state_dict(tiny.state_dict())
+    equal_results(double.detect([image])[0], expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = tiny.detect([image])[0]
+    assert half["scores"].dtype == np.float32
+    np.testing.assert_allclose(half["scores"][:3], expected["scores"][:3], atol=0.1)
+
+
+def test_anchors_follow_the_options_and_do_not_pile_up(tiny):
+    model = MaskRCNN(TinyConfig())
+    before = model.get_anchors((128, 128))
+    model.config.RPN_ANCHOR_SCALES = (16, 32, 64, 128, 256)
+    sides = model.get_anchors((128, 128)) - before
+    assert (sides[:, 2] > 0).all()
+    for width in range(64, 64 * 20, 64):
+        model.get_anchors((64, width))
+    assert len(model._anchors) <= 8
+
+
+def test_maps_of_other_sizes_than_the_anchors_are_refused():
+    config = TinyConfig(COMPUTE_BACKBONE_SHAPE=lambda shape: [(3, 3)] * 5)
+    with pytest.raises(ValueError, match="COMPUTE_BACKBONE_SHAPE must give the sizes of P2"):
+        MaskRCNN(config).detect([noise(20, 30)])
 
 
 def test_imagenet_weights_come_from_where_the_config_says(tmp_path):

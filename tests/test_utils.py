@@ -319,7 +319,7 @@ def picture_of(mode):
         return Image.merge("LA", [Image.fromarray(GRAY), Image.fromarray(255 - GRAY)])
     if mode == "1":
         return Image.fromarray(GRAY > 100)
-    scale = {"L": 1, "I;16": 257, "I": 257, "F": np.float32(1 / 255)}[mode]
+    scale = {"L": 1, "I;16": 257, "I": 1, "F": np.float32(1 / 255)}[mode]
     dtype = {"L": np.uint8, "I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
     return Image.fromarray(GRAY.astype(dtype) * dtype(scale))
 

@@ -612,3 +612,19 @@ def test_display_weight_stats(capsys):
     assert rows["2.bias"][-1] == "not finite"
     assert "3.num_batches_tracked" not in rows
     assert "overflow?" in capsys.readouterr().out
+
+
+def test_all_kinds_of_masks_are_drawn_alike():
+    boxes = np.array([[4, 6, 24, 30], [20, 10, 40, 50]])
+    masks = np.zeros((48, 64, 2), bool)
+    masks[6:20, 8:30, 0] = masks[22:40, 10:44, 1] = True
+    encoded = [utils.rle_encode(masks[:, :, i]) for i in range(2)]
+    cut = [masks[y1:y2, x1:x2, i] for i, (y1, x1, y2, x2) in enumerate(boxes)]
+    image = np.full((48, 64, 3), 90, np.uint8)
+    pictures = [
+        visualize.draw_instances(image, boxes, kind, np.array([1, 1]), ["BG", "cell"])
+        for kind in (masks, encoded, cut)
+    ]
+    assert (pictures[0] != image).any()
+    np.testing.assert_array_equal(pictures[1], pictures[0])
+    np.testing.assert_array_equal(pictures[2], pictures[0])
