@@ -1,11 +1,13 @@
 """The network's parts on hand-made input, and detect() as users call it."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import load_golden
+from conftest import ROOT, load_golden
 from reference_inputs import synthetic_image, uniform
 from torch import nn
 
@@ -265,6 +267,15 @@ def test_there_is_one_anchor_per_output_of_the_rpn(stride):
 
 
 # ------------------------------------------------------------------ detect
+
+
+@pytest.mark.slow
+def test_a_hundred_objects_in_6000_x_4000_pixels_stay_below_3_gigabytes():
+    command = [sys.executable, ROOT / "benchmarks" / "inference.py", "--peak", "large"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    count, gigabytes = run.stdout.splitlines()
+    assert count == "100 detections in 6000 x 4000"
+    assert float(gigabytes) < 3
 
 
 def equal_results(a, b):
