@@ -216,7 +216,9 @@ class Config:
             return isinstance(value, (int, np.integer)) and int(value) >= least
 
         check(lambda v: bool(v) and isinstance(v, str), "a name, not empty", "NAME")
-        check(lambda v: whole(v, 0), "a whole number from 0", "GPU_COUNT", "SEED")
+        check(
+            lambda v: whole(v, 0), "a whole number from 0", "GPU_COUNT", "SEED", "VALIDATION_STEPS"
+        )
         check(lambda v: v is None or whole(v, 0), "a whole number from 0, or None", "NUM_WORKERS")
         check(
             lambda v: whole(v, 1),
@@ -233,7 +235,6 @@ class Config:
             *("RPN_NMS_THRESHOLD", "DETECTION_NMS_THRESHOLD", "DETECTION_MIN_CONFIDENCE"),
             *("ROI_POSITIVE_RATIO", "LEARNING_MOMENTUM"),
         )
-        check(lambda v: whole(v, 0), "a whole number from 0", "VALIDATION_STEPS")
         check(
             lambda v: v is None or whole(v, 1),
             "a whole number from 1, or None",

@@ -68,9 +68,7 @@ def draw_stages(
     rpn, proposals, detections = prediction.rpn, prediction.proposals, prediction.detections
     best = (rpn.logits[0, :, 1] - rpn.logits[0, :, 0]).sort(descending=True).indices[:100]
     anchors = model.get_anchors(molded.shape[2:])[best]
-    std_dev = anchors.new_tensor(model.config.RPN_BBOX_STD_DEV)
-    refined = utils.apply_box_deltas(anchors, rpn.deltas[0, best] * std_dev)
-    refined = utils.clip_boxes(refined, (0.0, 0.0, 1.0, 1.0))
+    refined = modellib.refine_anchors(anchors, rpn.deltas[0, best], model.config)
     boxes, rois = pixels(detections.boxes), pixels(proposals.boxes[detections.roi_index])
     class_ids, scores = detections.class_ids.cpu().numpy(), detections.scores.cpu().numpy()
     mask_probs, shown = prediction.mask_probs.cpu().numpy(), utils.as_uint8_image(image)

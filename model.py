@@ -11,6 +11,7 @@ network input) and unit (network pixels scaled so that 0 and 1 are the corner pi
 see utils.norm_boxes).
 """
 
+import copy
 import logging
 import math
 import re
@@ -282,6 +283,13 @@ def same_pad(x: Tensor, conv: nn.Conv2d) -> Tensor:
     return F.pad(x, padding)
 
 
+def refine_anchors(anchors: Tensor, deltas: Tensor, config: Config) -> Tensor:
+    """Anchors [N, 4], unit frame, moved by their RPN deltas [N, 4] and clipped to the input."""
+    std_dev = anchors.new_tensor(config.RPN_BBOX_STD_DEV)
+    boxes = utils.apply_box_deltas(anchors, deltas * std_dev)
+    return utils.clip_boxes(boxes, (0.0, 0.0, 1.0, 1.0))
+
+
 @torch.no_grad()
 def proposal_layer(rpn: RPNOutput, anchors: Tensor, count: int, config: Config) -> Rois:
     """The anchors of highest foreground score, refined, clipped and without near duplicates.
@@ -293,13 +301,11 @@ def proposal_layer(rpn: RPNOutput, anchors: Tensor, count: int, config: Config) 
     """
     scores = rpn.logits.float().softmax(dim=2)[:, :, 1]
     limit = min(config.PRE_NMS_LIMIT, anchors.shape[0])
-    std_dev = anchors.new_tensor(config.RPN_BBOX_STD_DEV)
     boxes, image_index = [], []
     for image, image_scores in enumerate(scores):
         # In anchor order, since nms sorts by score itself and breaks ties by position.
         top = image_scores.topk(limit, sorted=False).indices.sort().values
-        refined = utils.apply_box_deltas(anchors[top], rpn.deltas[image, top] * std_dev)
-        refined = utils.clip_boxes(refined, (0.0, 0.0, 1.0, 1.0))
+        refined = refine_anchors(anchors[top], rpn.deltas[image, top], config)
         keep = nms(refined, image_scores[top], config.RPN_NMS_THRESHOLD)[:count]
         boxes.append(refined[keep])
         image_index.append(torch.full_like(keep, image))
@@ -817,13 +823,10 @@ class MaskRCNN(nn.Module):
         Raises:
             ValueError: no such style, or one that the config does not allow.
         """
-        if style not in ("keras", "torchvision"):
-            raise ValueError(f"style must be 'keras' or 'torchvision', got {style!r}")
-        if style == "torchvision" and self.config.IMAGE_CHANNEL_COUNT != 3:
-            raise ValueError(
-                "the style 'torchvision' needs IMAGE_CHANNEL_COUNT 3, got"
-                f" {self.config.IMAGE_CHANNEL_COUNT}"
-            )
+        # In a copy, since other models may share the config.
+        wanted = copy.copy(self.config)
+        wanted.BACKBONE_STYLE = style
+        wanted.validate()
         self.backbone_style = style
         torchvision = style == "torchvision"
         mean = TORCHVISION_MEAN if torchvision else self.config.MEAN_PIXEL
@@ -861,10 +864,10 @@ class MaskRCNN(nn.Module):
                 checkpoints tell the whole configuration.
             options: of Config, e.g. DETECTION_MIN_CONFIDENCE=0.5; they win over the file's.
         """
-        path = weights.find_weights(path)
-        known = {k: v for k, v in weights.read_options(path).items() if hasattr(Config, k)}
+        file = weights.read_state_dict(weights.find_weights(path))
+        known = {k: v for k, v in weights.read_options(file).items() if hasattr(Config, k)}
         model = cls(Config(**{**known, **options}))
-        model.load_weights(path, verbose=False)
+        weights.load_weights(model, file, verbose=False)
         return model.eval()
 
     def get_anchors(self, image_shape: Sequence[int]) -> Tensor:
@@ -874,16 +877,16 @@ class MaskRCNN(nn.Module):
     def _all_anchors(self, image_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Anchors [A, 4], float64 network pixels and float32 unit frame."""
         config = self.config
-        options = (config.RPN_ANCHOR_SCALES, config.RPN_ANCHOR_RATIOS, config.RPN_ANCHOR_STRIDE)
-        key = (*image_shape[:2], self.device, str(options))
+        arguments = (
+            config.RPN_ANCHOR_SCALES,
+            config.RPN_ANCHOR_RATIOS,
+            config.backbone_shapes(image_shape),
+            config.BACKBONE_STRIDES,
+            config.RPN_ANCHOR_STRIDE,
+        )
+        key = (*image_shape[:2], self.device, str(arguments))
         if key not in self._anchors:
-            anchors = utils.generate_pyramid_anchors(
-                config.RPN_ANCHOR_SCALES,
-                config.RPN_ANCHOR_RATIOS,
-                config.backbone_shapes(image_shape),
-                config.BACKBONE_STRIDES,
-                config.RPN_ANCHOR_STRIDE,
-            )
+            anchors = utils.generate_pyramid_anchors(*arguments)
             frames = anchors, utils.norm_boxes(anchors, image_shape)
             pixels, unit = (torch.from_numpy(x).to(self.device) for x in frames)
             if len(self._anchors) == 8:  # in mode "pad64" each image may have a shape of its own
@@ -949,6 +952,7 @@ class MaskRCNN(nn.Module):
         rpn, proposals = self.propose([*features, p6], image_shape)
         anchors, _ = self._all_anchors(image_shape)
         rpn_targets, roi_targets, active = [], [], []
+        every_class = torch.ones(config.NUM_CLASSES, dtype=torch.bool)
         for i, target in enumerate(targets):
             names = ("class_ids", "boxes", "masks")
             class_ids, boxes, masks = (target[name].to(self.device) for name in names)
@@ -958,7 +962,6 @@ class MaskRCNN(nn.Module):
                 rois = utils.norm_boxes(target["rois"].to(self.device), image_shape)
             unit_boxes = utils.norm_boxes(boxes, image_shape)
             roi_targets.append(sample_rois(rois, class_ids, unit_boxes, masks, config))
-            every_class = torch.ones(config.NUM_CLASSES, dtype=torch.bool)
             active.append(target.get("active_class_ids", every_class).to(self.device))
         return self.compute_losses(
             features, image_shape, rpn, rpn_targets, roi_targets, torch.stack(active)

@@ -60,6 +60,24 @@ SOURCES = {
 RESNETS = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101"}
 
 
+class WeightFile(NamedTuple):
+    """The content of a weight file under our names.
+
+    Attributes:
+        path: where it was read.
+        state_dict: name -> tensor on the CPU.
+        format: "keras", "torchvision", "pytorch" (a plain state_dict) or "checkpoint".
+        config: what the file tells about its model; always has BACKBONE_STYLE.
+        zeroed: convolution biases of the backbone that the file does not have; 0 in state_dict.
+    """
+
+    path: Path
+    state_dict: dict[str, Tensor]
+    format: str
+    config: dict[str, Any]
+    zeroed: list[str]
+
+
 # Loading and saving
 
 
@@ -88,7 +106,7 @@ class LoadReport(NamedTuple):
 
 def load_weights(
     model: nn.Module,
-    path: str | Path,
+    path: str | Path | WeightFile,
     exclude: Sequence[str] = (),
     skip_mismatched: bool = False,
     verbose: bool = True,
@@ -100,7 +118,8 @@ def load_weights(
 
     Args:
         model: MaskRCNN, or a module with state_dict keys of the same pattern.
-        path: a file of any format that read_state_dict knows, "coco" or "imagenet".
+        path: a file of any format that read_state_dict knows, "coco" or "imagenet"; or what
+            read_state_dict returned, so that a file is read once.
         exclude: what to leave as it is: modules ("mask", "classifier.linear_class"), regular
             expressions of modules, or Matterport's layers ("mrcnn_bbox_fc").
         skip_mismatched: leave tensors of another shape as they are instead of raising.
@@ -111,8 +130,11 @@ def load_weights(
         ValueError: the file is damaged or not finite, a shape differs, an excluded name matches
             nothing, the backbone has another depth, or most of it would not be loaded.
     """
-    path = find_weights(path, getattr(getattr(model, "config", None), "BACKBONE", None))
-    file = read_state_dict(path)
+    if isinstance(path, WeightFile):
+        file = path
+    else:
+        backbone = getattr(getattr(model, "config", None), "BACKBONE", None)
+        file = read_state_dict(find_weights(path, backbone))
     target = model.state_dict()
     excluded = _matching(exclude, target.keys() | file.state_dict.keys())
     wanted = {key: tensor for key, tensor in target.items() if key not in excluded}
@@ -120,7 +142,7 @@ def load_weights(
     mismatched = [key for key in wanted if key in found and found[key].shape != wanted[key].shape]
     loaded = [key for key in wanted if key in found and key not in mismatched]
     report = LoadReport(
-        path=path,
+        path=file.path,
         format=file.format,
         loaded=loaded,
         missing=[key for key in wanted if key not in found],
@@ -173,7 +195,11 @@ def save_weights(model: nn.Module, path: str | Path) -> None:
     config = getattr(model, "config", None)
     values = _plain(config.to_dict()) if config else {}
     values["BACKBONE_STYLE"] = getattr(model, "backbone_style", "keras")
-    save_atomic({"model": model.state_dict(), "config": values, "version": VERSION}, path)
+    _save_checkpoint(model.state_dict(), values, path)
+
+
+def _save_checkpoint(state_dict: dict[str, Any], config: dict[str, Any], path: str | Path) -> None:
+    save_atomic({"model": state_dict, "config": config, "version": VERSION}, path)
 
 
 def save_atomic(data: object, path: str | Path) -> None:
@@ -255,22 +281,6 @@ def _group(keys: Sequence[str], limit: int = 6) -> str:
 # Reading
 
 
-class WeightFile(NamedTuple):
-    """The content of a weight file under our names.
-
-    Attributes:
-        state_dict: name -> tensor on the CPU.
-        format: "keras", "torchvision", "pytorch" (a plain state_dict) or "checkpoint".
-        config: what the file tells about its model; always has BACKBONE_STYLE.
-        zeroed: convolution biases of the backbone that the file does not have; 0 in state_dict.
-    """
-
-    state_dict: dict[str, Tensor]
-    format: str
-    config: dict[str, Any]
-    zeroed: list[str]
-
-
 def read_state_dict(path: str | Path) -> WeightFile:
     """Reads a weight file of any known format.
 
@@ -307,22 +317,23 @@ def read_state_dict(path: str | Path) -> WeightFile:
     for key, tensor in state.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{path} holds NaN or infinity in {key}; use an earlier checkpoint")
-    return WeightFile(state, kind, config, zeroed)
+    return WeightFile(path, state, kind, config, zeroed)
 
 
-def read_options(path: str | Path) -> dict[str, Any]:
-    """Options of Config for a model that fits a weight file.
+def read_options(path: str | Path | WeightFile) -> dict[str, Any]:
+    """Options of Config for a model that fits a weight file, or what read_state_dict made of it.
 
     Our checkpoints hold all of them; elsewhere the shapes tell the backbone, widths and classes.
     Raises what read_state_dict raises, and ValueError where the file is but a part of a model.
     """
-    state, kind, config, _ = read_state_dict(path)
-    if kind == "checkpoint" and "BACKBONE" in config:
+    file = path if isinstance(path, WeightFile) else read_state_dict(path)
+    state, config = file.state_dict, file.config
+    if file.format == "checkpoint" and "BACKBONE" in config:
         return config
     parts = ("fpn.C1.0", "fpn.P2_conv1", "rpn.conv_shared", "classifier.linear_class")
     missing = [part for part in parts if f"{part}.weight" not in state]
     if missing:
-        raise ValueError(f"{path} must hold a whole model to detect with, lacks {missing}")
+        raise ValueError(f"{file.path} must hold a whole model to detect with, lacks {missing}")
     blocks, width = _blocks(state), len(state["fpn.C1.0.weight"])
     classes, channels = state["classifier.linear_class.weight"].shape
     return {
@@ -607,12 +618,12 @@ def convert(source: str | Path, target: str | Path) -> None:
     if target.suffix != ".pth" or (target.exists() and target.samefile(source)):
         raise ValueError(f"OUT must end in .pth and be another file than IN, got {target}")
     file = read_state_dict(source)
-    save_atomic({"model": file.state_dict, "config": file.config, "version": VERSION}, target)
+    _save_checkpoint(file.state_dict, file.config, target)
 
 
 def describe(path: str | Path) -> str:
     """Format, size, backbone and classes of a weight file, for people."""
-    state, kind, config, _ = read_state_dict(path)
+    _, state, kind, config, _ = read_state_dict(path)
     numbers = sum(tensor.numel() for tensor in state.values())
     head = state.get("classifier.linear_class.weight")
     return (

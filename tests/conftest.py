@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from keras_weights import write_h5
 
+from config import Config
+
 os.environ.setdefault("MPLBACKEND", "agg")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,6 +17,30 @@ SHARED = ROOT.parent / "shared"
 needs_shared = pytest.mark.skipif(
     not SHARED.is_dir(), reason="the reference data folder ../shared is not there"
 )
+
+
+class SmallConfig(Config):
+    """The small configuration for which the reference was run."""
+
+    NAME = "small"
+    BACKBONE = "resnet50"
+    NUM_CLASSES = 4
+    IMAGE_MIN_DIM = 256
+    IMAGE_MAX_DIM = 256
+    RPN_ANCHOR_SCALES = (16, 32, 64, 128, 256)
+
+
+class TinyNetwork(Config):
+    """A network that runs in milliseconds."""
+
+    NAME = "tiny"
+    BACKBONE = {"blocks": (1, 1, 1, 1), "width": 8}  # noqa: RUF012
+    TOP_DOWN_PYRAMID_SIZE = 16
+    RPN_CHANNELS = 16
+    FPN_CLASSIF_FC_LAYERS_SIZE = 32
+    IMAGE_MIN_DIM = 128
+    IMAGE_MAX_DIM = 128
+    RPN_ANCHOR_SCALES = (8, 16, 32, 64, 128)
 
 
 class Golden:

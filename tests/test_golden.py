@@ -8,23 +8,13 @@ out where rois or crops are compared: their last row of samples lies within roun
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, load_golden
+from conftest import SHARED, SmallConfig, load_golden
 from keras_weights import write_h5
 from reference_inputs import synthetic_image
 
 import model as modellib
 import utils
 from coco import CocoConfig
-from config import Config
-
-
-class SmallConfig(Config):
-    NAME = "small"
-    BACKBONE = "resnet50"
-    NUM_CLASSES = 4
-    IMAGE_MIN_DIM = 256
-    IMAGE_MAX_DIM = 256
-    RPN_ANCHOR_SCALES = (16, 32, 64, 128, 256)
 
 
 def photo():

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load_golden
+from conftest import ROOT, TinyNetwork, load_golden
 from reference_inputs import synthetic_image, uniform
 from torch import nn
 
@@ -19,16 +19,8 @@ from model import MaskRCNN, Rois, RPNOutput
 UNIT_WINDOW = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
 
 
-class TinyConfig(Config):
-    NAME = "tiny"
+class TinyConfig(TinyNetwork):
     NUM_CLASSES = 3
-    BACKBONE = {"blocks": (1, 1, 1, 1), "width": 8}  # noqa: RUF012
-    TOP_DOWN_PYRAMID_SIZE = 16
-    RPN_CHANNELS = 16
-    FPN_CLASSIF_FC_LAYERS_SIZE = 32
-    IMAGE_MIN_DIM = 128
-    IMAGE_MAX_DIM = 128
-    RPN_ANCHOR_SCALES = (8, 16, 32, 64, 128)
     POST_NMS_ROIS_INFERENCE = 50
     DETECTION_MAX_INSTANCES = 10
     DETECTION_MIN_CONFIDENCE = 0.0

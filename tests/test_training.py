@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import load_golden
+from conftest import SmallConfig, TinyNetwork, load_golden
 from reference import iou
 from reference_inputs import synthetic_image, uniform
 from torch import nn
@@ -20,16 +20,8 @@ LOSSES = (
 )
 
 
-class TinyConfig(Config):
-    NAME = "tiny"
+class TinyConfig(TinyNetwork):
     NUM_CLASSES = 4
-    BACKBONE = {"blocks": (1, 1, 1, 1), "width": 8}  # noqa: RUF012
-    TOP_DOWN_PYRAMID_SIZE = 16
-    RPN_CHANNELS = 16
-    FPN_CLASSIF_FC_LAYERS_SIZE = 32
-    IMAGE_MIN_DIM = 128
-    IMAGE_MAX_DIM = 128
-    RPN_ANCHOR_SCALES = (8, 16, 32, 64, 128)
     POST_NMS_ROIS_TRAINING = 200
     MINI_MASK_SHAPE = (28, 28)
 
@@ -427,15 +419,6 @@ def test_losses_of_nothing_are_0_with_the_graph_attached():
 
 
 # ------------------------------------------------------------------ a whole step
-
-
-class SmallConfig(Config):
-    NAME = "small"
-    BACKBONE = "resnet50"
-    NUM_CLASSES = 4
-    IMAGE_MIN_DIM = 256
-    IMAGE_MAX_DIM = 256
-    RPN_ANCHOR_SCALES = (16, 32, 64, 128, 256)
 
 
 @pytest.fixture(scope="module")
