@@ -95,12 +95,35 @@ class Config:
     DETECTION_NMS_THRESHOLD: float = 0.3
 
     # ---------------------------------------------------------------- training
+    # Steps, that is changes of the weights, from one checkpoint to the next. The data set is read
+    # on and on, so this need not be its size.
     STEPS_PER_EPOCH: int = 1000
+    # Batches for the validation losses after each epoch, always the same ones; 0 for none.
     VALIDATION_STEPS: int = 50
+    # Batches whose mean gradient makes one step: batches larger than the memory.
+    GRADIENT_ACCUMULATION: int = 1
+    # "sgd", as the reference, or "adamw", which gets further in a short training of a new network.
+    OPTIMIZER: str = "sgd"
     LEARNING_RATE: float = 0.001
+    # The learning rate rises linearly in the first WARMUP_STEPS of a stage. Then it is "constant",
+    # falls to 0 as a "cosine", or to a tenth at each of LR_STEPS, shares of the stage ("step").
+    WARMUP_STEPS: int = 0
+    LR_SCHEDULE: str = "constant"
+    LR_STEPS: Sequence[float] = (2 / 3, 8 / 9)
+    # Momentum of SGD, first beta of AdamW.
     LEARNING_MOMENTUM: float = 0.9
     WEIGHT_DECAY: float = 0.0001
     GRADIENT_CLIP_NORM: float = 5.0
+    # Computing in 16 bits where that is good enough: "bf16", "fp16", or None for 32 bits.
+    AMP: str | None = None
+    # True compiles the backbone and the pyramid with torch.compile, whose first steps take minutes.
+    COMPILE: bool = False
+    # Newest checkpoints to keep, besides the best one.
+    KEEP_CHECKPOINTS: int = 5
+    # Epochs from one evaluation of train_model(evaluate=...) to the next.
+    EVALUATE_EVERY: int = 1
+    # Epochs without a better segm_AP (or val_loss, without evaluation) that end a training.
+    EARLY_STOPPING: int | None = None
     LOSS_WEIGHTS: dict[str, float] = {  # noqa: RUF012 - an option, replaced and never changed
         "rpn_class_loss": 1.0,
         "rpn_bbox_loss": 1.0,
@@ -217,7 +240,9 @@ class Config:
 
         check(lambda v: bool(v) and isinstance(v, str), "a name, not empty", "NAME")
         check(
-            lambda v: whole(v, 0), "a whole number from 0", "GPU_COUNT", "SEED", "VALIDATION_STEPS"
+            lambda v: whole(v, 0),
+            "a whole number from 0",
+            *("GPU_COUNT", "SEED", "VALIDATION_STEPS", "WARMUP_STEPS"),
         )
         check(lambda v: v is None or whole(v, 0), "a whole number from 0, or None", "NUM_WORKERS")
         check(
@@ -227,7 +252,8 @@ class Config:
             *("RPN_CHANNELS", "RPN_ANCHOR_STRIDE", "PRE_NMS_LIMIT", "POST_NMS_ROIS_TRAINING"),
             *("POST_NMS_ROIS_INFERENCE", "POOL_SIZE", "MASK_POOL_SIZE", "MAX_GT_INSTANCES"),
             *("FPN_CLASSIF_FC_LAYERS_SIZE", "DETECTION_MAX_INSTANCES", "STEPS_PER_EPOCH"),
-            *("RPN_TRAIN_ANCHORS_PER_IMAGE", "TRAIN_ROIS_PER_IMAGE"),
+            *("RPN_TRAIN_ANCHORS_PER_IMAGE", "TRAIN_ROIS_PER_IMAGE", "GRADIENT_ACCUMULATION"),
+            *("KEEP_CHECKPOINTS", "EVALUATE_EVERY"),
         )
         check(
             lambda v: 0 <= v <= 1,
@@ -238,14 +264,22 @@ class Config:
         check(
             lambda v: v is None or whole(v, 1),
             "a whole number from 1, or None",
-            *("IMAGE_MIN_DIM", "IMAGE_MAX_DIM"),
+            *("IMAGE_MIN_DIM", "IMAGE_MAX_DIM", "EARLY_STOPPING"),
         )
         check(
             lambda v: v in (True, False),
             "True or False",
-            *("TRAIN_BN", "USE_RPN_ROIS", "USE_MINI_MASK"),
+            *("TRAIN_BN", "USE_RPN_ROIS", "USE_MINI_MASK", "COMPILE"),
             *("SKIP_EMPTY_IMAGES", "SKIP_UNREADABLE_IMAGES"),
         )
+        check(lambda v: v in ("sgd", "adamw"), "'sgd' or 'adamw'", "OPTIMIZER")
+        check(
+            lambda v: v in ("constant", "cosine", "step"),
+            "'constant', 'cosine' or 'step'",
+            "LR_SCHEDULE",
+        )
+        check(lambda v: all(0 < n < 1 for n in v), "numbers between 0 and 1", "LR_STEPS")
+        check(lambda v: v in (None, "bf16", "fp16"), "'bf16', 'fp16' or None", "AMP")
         check(lambda v: v > 0, "above 0", "LEARNING_RATE", "GRADIENT_CLIP_NORM")
         check(lambda v: v >= 0, "0 or more", "WEIGHT_DECAY", "IMAGE_MIN_SCALE")
         check(

@@ -9,12 +9,13 @@ to the worker processes of Windows and macOS.
 """
 
 import copy
+import itertools
 import logging
 import os
 import pickle
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -402,11 +403,27 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+class EpochSampler(DistributedSampler[Any]):
+    """The share that a process has of an epoch: all images in an order from seed and epoch alone.
+
+    Unlike torch's RandomSampler it forgets nothing when a run is resumed.
+
+    Attributes:
+        start: how many images of the share to leave out at its beginning, for a run that is
+            resumed amid an epoch.
+    """
+
+    start = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(super().__iter__(), self.start, None)
+
+
 def make_loader(
     dataset: torch.utils.data.Dataset[dict[str, Any]],
     config: Config,
     shuffle: bool,
-    sampler: Sampler[int] | None = None,
+    sampler: Sampler[Any] | None = None,
 ) -> DataLoader[dict[str, Any]]:
     """Batches of IMAGES_PER_GPU images, the last one smaller; call set_epoch before each run.
 
@@ -414,12 +431,11 @@ def make_loader(
         dataset: a TorchDataset, or another one with such items.
         config: IMAGES_PER_GPU, NUM_WORKERS and SEED.
         shuffle: a new order in each epoch, from SEED and epoch alone; False for validation.
-        sampler: what else decides on the order and the share of a process, e.g. a
-            DistributedSampler; shuffle is not looked at then.
+        sampler: what else decides on the order and the share of a process, e.g. an EpochSampler of
+            several processes; shuffle is not looked at then.
     """
     if sampler is None:
-        # Unlike RandomSampler it forgets nothing when a run is resumed: SEED and epoch say it all.
-        sampler = DistributedSampler(dataset, 1, 0, shuffle=shuffle, seed=config.SEED)
+        sampler = EpochSampler(dataset, 1, 0, shuffle=shuffle, seed=config.SEED)
     workers = config.NUM_WORKERS
     if workers is None:
         affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
@@ -431,7 +447,7 @@ def make_loader(
         num_workers=workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_ignore_interrupt,
+        worker_init_fn=_set_signals,
         # Seeds the workers' global generators, and leaves that of the training alone.
         generator=torch.Generator().manual_seed(config.SEED),
         persistent_workers=workers > 0,
@@ -445,6 +461,7 @@ def set_epoch(loader: DataLoader[dict[str, Any]], epoch: int) -> None:
             part.set_epoch(epoch)
 
 
-def _ignore_interrupt(worker: int) -> None:
+def _set_signals(worker: int) -> None:
     # Ctrl-C reaches the workers too; the training decides what is still needed of them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # forked workers have the training's handler

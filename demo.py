@@ -7,7 +7,6 @@ python demo.py street.jpg --stages --json        # the pipeline's stages, COCO-s
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,15 +85,12 @@ def draw_stages(
 
 def write(path: Path, content: np.ndarray | list[dict[str, Any]]) -> None:
     """Writes a picture or a JSON file, whole or not at all."""
-    partial = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        if isinstance(content, np.ndarray):
-            Image.fromarray(content).save(partial)
-        else:
-            partial.write_text(json.dumps(content))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    if isinstance(content, np.ndarray):
+        picture = Image.fromarray(content)
+        utils.write_atomic(path, lambda file: picture.save(file, format=path.suffix[1:]))
+    else:
+        text = json.dumps(content)
+        utils.write_atomic(path, lambda file: file.write(text.encode()))
 
 
 def one_line(error: Exception) -> str:

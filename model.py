@@ -26,9 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import training
 import utils
 import weights
 from config import Config
+from dataset import Augmentation
 from nms import batched_nms, nms
 from roialign import crop_and_resize
 
@@ -574,6 +576,15 @@ def crop_masks(
 # A sum over nothing is 0 and keeps the graph, so that each parameter gets a gradient in each step.
 
 
+def mean(total: Tensor, count: int | Tensor) -> Tensor:
+    """A sum over its number of terms, which here is that of all processes that train together.
+
+    The mean of their gradients then is the gradient of one process that has all of the images.
+    """
+    terms = training.average(torch.as_tensor(count, dtype=torch.float32, device=total.device))
+    return total / terms.clamp(min=1 / training.world_size())
+
+
 def rpn_class_loss(match: Tensor, logits: Tensor) -> Tensor:
     """Cross entropy of the sampled anchors.
 
@@ -583,12 +594,12 @@ def rpn_class_loss(match: Tensor, logits: Tensor) -> Tensor:
     """
     judged = match != 0
     target = (match[judged] > 0).long()
-    return F.cross_entropy(logits[judged].float(), target, reduction="sum") / max(len(target), 1)
+    return mean(F.cross_entropy(logits[judged].float(), target, reduction="sum"), len(target))
 
 
 def smooth_l1_loss(target: Tensor, deltas: Tensor) -> Tensor:
     """Mean over all numbers (Fast R-CNN paper, equation 3)."""
-    return F.smooth_l1_loss(deltas.float(), target, reduction="sum") / max(target.numel(), 1)
+    return mean(F.smooth_l1_loss(deltas.float(), target, reduction="sum"), target.numel())
 
 
 def rpn_bbox_loss(target_deltas: Tensor, match: Tensor, deltas: Tensor) -> Tensor:
@@ -615,7 +626,7 @@ def mrcnn_class_loss(target_class_ids: Tensor, logits: Tensor, active: Tensor) -
     """
     losses = F.cross_entropy(logits.float(), target_class_ids, reduction="none")
     judged = active.gather(1, logits.argmax(dim=1, keepdim=True))[:, 0]
-    return (losses * judged).sum() / judged.sum().clamp(min=1)
+    return mean((losses * judged).sum(), judged.sum())
 
 
 def mrcnn_bbox_loss(target_deltas: Tensor, target_class_ids: Tensor, deltas: Tensor) -> Tensor:
@@ -644,7 +655,7 @@ def mrcnn_mask_loss(target_masks: Tensor, logits: Tensor) -> Tensor:
     limit = -math.log(2e-7)
     logits = logits.float().clamp(-limit, limit)
     losses = F.binary_cross_entropy_with_logits(logits, target_masks, reduction="sum")
-    return losses / max(target_masks.numel(), 1)
+    return mean(losses, target_masks.numel())
 
 
 ############################################################
@@ -738,6 +749,7 @@ class MaskRCNN(nn.Module):
         channels = config.IMAGE_CHANNEL_COUNT
         self.register_buffer("mean", torch.empty(channels, 1, 1), persistent=False)
         self.register_buffer("std", torch.empty(channels, 1, 1), persistent=False)
+        self.run = training.Run()
         self._anchors: dict[tuple, tuple[Tensor, Tensor]] = {}
         self._initialize_weights()
         self.set_backbone_style(config.BACKBONE_STYLE)
@@ -869,6 +881,91 @@ class MaskRCNN(nn.Module):
         model = cls(Config(**{**known, **options}))
         weights.load_weights(model, file, verbose=False)
         return model.eval()
+
+    @property
+    def epoch(self) -> int:
+        """Finished epochs of the run."""
+        return self.run.epoch
+
+    @property
+    def log_dir(self) -> Path | None:
+        """The folder of the run's checkpoints and logs; None before its first step."""
+        return self.run.log_dir
+
+    def find_last(self) -> Path:
+        """The newest checkpoint of config.NAME's runs in model_dir; FileNotFoundError if none."""
+        return training.find_checkpoints(self.model_dir, self.config.NAME)[0]
+
+    def resume(self, path: str | Path | None = None) -> Path:
+        """Loads a checkpoint of a run so that the next train_model goes on with it.
+
+        On a CPU the run then ends with the bits of one that was never stopped, as long as the
+        config and the arguments of train_model stay the same.
+
+        Args:
+            path: None for the newest one in model_dir that can be read.
+
+        Returns:
+            The checkpoint that was loaded.
+
+        Raises:
+            FileNotFoundError, ValueError: there is none, or none can be read.
+        """
+        if path is None:
+            paths = training.find_checkpoints(self.model_dir, self.config.NAME)
+        else:
+            paths = [Path(path)]
+        return training.resume(self, self.run, paths)
+
+    def train_model(
+        self,
+        train_dataset: utils.Dataset,
+        val_dataset: utils.Dataset | None,
+        learning_rate: float,
+        epochs: int,
+        layers: str,
+        augmentation: Augmentation | None = None,
+        callbacks: Sequence[training.Callback] = (),
+        evaluate: Callable[["MaskRCNN"], dict[str, float]] | None = None,
+    ) -> None:
+        """Trains one stage; the README says what it leaves in log_dir.
+
+        Args:
+            train_dataset: prepared.
+            val_dataset: prepared, or None. Its losses are computed after each epoch.
+            learning_rate: at the beginning, see LR_SCHEDULE.
+            epochs: to have finished at the end, counted from the beginning of the run: a second
+                stage of 10 epochs after one of 20 says 30. A stage that is done returns at once.
+            layers: see set_trainable.
+            augmentation: of the training images, see dataset.py.
+            callbacks: called with the record of each epoch, a dict as in history.jsonl; one that
+                returns True ends the training. Under torchrun in the main process only.
+            evaluate: gives numbers for the record, such as coco.py's segm_AP, every
+                EVALUATE_EVERY epochs and after the last. Called in all processes; what the main
+                one gives counts.
+
+        Raises:
+            KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint was saved.
+            training.NonFiniteLossError: a loss became NaN or infinite. It names the images.
+            ValueError: the data, config or layers do not fit.
+            OSError: the last checkpoint could not be written.
+        """
+        self.set_trainable(layers)
+        self.train()
+        training.fit(
+            self,
+            self.config,
+            self.run,
+            self.model_dir,
+            train_dataset,
+            val_dataset,
+            learning_rate,
+            epochs,
+            layers,
+            augmentation,
+            callbacks,
+            evaluate,
+        )
 
     def get_anchors(self, image_shape: Sequence[int]) -> Tensor:
         """Anchors [A, 4] float32, unit frame, for a network input of (height, width) pixels."""

@@ -5,16 +5,31 @@ Boxes are (y1, x1, y2, x2), half-open: y2 and x2 lie one past the last pixel.
 
 import functools
 import logging
+import os
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
+
+
+def write_atomic(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Lets `write` fill a file such that `path` never holds half of it, not even in a power cut."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # --- Boxes ---------------------------------------------------------------------------------------

@@ -28,6 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import utils
+
 VERSION = 1  # of the checkpoint format
 
 
@@ -69,6 +71,7 @@ class WeightFile(NamedTuple):
         format: "keras", "torchvision", "pytorch" (a plain state_dict) or "checkpoint".
         config: what the file tells about its model; always has BACKBONE_STYLE.
         zeroed: convolution biases of the backbone that the file does not have; 0 in state_dict.
+        training: what a checkpoint of a run holds besides, see training.py; else None.
     """
 
     path: Path
@@ -76,6 +79,7 @@ class WeightFile(NamedTuple):
     format: str
     config: dict[str, Any]
     zeroed: list[str]
+    training: dict[str, Any] | None = None
 
 
 # Loading and saving
@@ -190,40 +194,40 @@ def _check_fit(
         )
 
 
-def save_weights(model: nn.Module, path: str | Path) -> None:
-    """Writes a checkpoint {"model": state_dict, "config": plain values, "version"}, atomically."""
+def save_weights(
+    model: nn.Module, path: str | Path, training: dict[str, Any] | None = None
+) -> None:
+    """Writes a checkpoint {"model": state_dict, "config": plain values, "version"}, atomically.
+
+    Args:
+        training: plain values and tensors of a run, to be kept in it as well.
+    """
     config = getattr(model, "config", None)
-    values = _plain(config.to_dict()) if config else {}
+    values = plain(config.to_dict()) if config else {}
     values["BACKBONE_STYLE"] = getattr(model, "backbone_style", "keras")
-    _save_checkpoint(model.state_dict(), values, path)
+    _save_checkpoint(model.state_dict(), values, path, training)
 
 
-def _save_checkpoint(state_dict: dict[str, Any], config: dict[str, Any], path: str | Path) -> None:
-    save_atomic({"model": state_dict, "config": config, "version": VERSION}, path)
+def _save_checkpoint(
+    state_dict: dict[str, Any],
+    config: dict[str, Any],
+    path: str | Path,
+    training: dict[str, Any] | None = None,
+) -> None:
+    data = {"model": state_dict, "config": config, "version": VERSION}
+    if training is not None:
+        data["training"] = training
+    utils.write_atomic(path, lambda file: torch.save(data, file))
 
 
-def save_atomic(data: object, path: str | Path) -> None:
-    """torch.save such that `path` never holds half a file, not even after a power cut."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(data, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The value in types that torch.load(weights_only=True) admits; functions by name."""
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
     return getattr(value, "__qualname__", str(value))
@@ -292,9 +296,9 @@ def read_state_dict(path: str | Path) -> WeightFile:
     with path.open("rb") as file:
         magic = file.read(8)
     if magic == b"\x89HDF\r\n\x1a\n":
-        state, kind, config = _read_keras(path)
+        (state, kind, config), training = _read_keras(path), None
     elif magic.startswith((b"PK\x03\x04", b"\x80\x02")):  # zip; before torch 1.6, a pickle
-        state, kind, config = _read_torch(path)
+        state, kind, config, training = _read_torch(path)
     else:
         raise ValueError(
             f"{path} is neither HDF5 (.h5) nor a torch file (.pth): {path.stat().st_size:,} bytes, "
@@ -317,7 +321,7 @@ def read_state_dict(path: str | Path) -> WeightFile:
     for key, tensor in state.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{path} holds NaN or infinity in {key}; use an earlier checkpoint")
-    return WeightFile(path, state, kind, config, zeroed)
+    return WeightFile(path, state, kind, config, zeroed, training)
 
 
 def read_options(path: str | Path | WeightFile) -> dict[str, Any]:
@@ -423,7 +427,9 @@ def _keras_weight_names(group: Any) -> list[str]:
     return sorted(names, key=lambda name: (not re.search("kernel|gamma", name), name))
 
 
-def _read_torch(path: Path) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
+def _read_torch(
+    path: Path,
+) -> tuple[dict[str, Tensor], str, dict[str, Any], dict[str, Any] | None]:
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -435,9 +441,10 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
     except Exception as error:  # a damaged file fails in many ways
         raise ValueError(_damage(path, error)) from error
 
-    kind, config = "pytorch", {}
+    kind, config, training = "pytorch", {}, None
     if isinstance(data, dict) and isinstance(data.get("model"), dict):
-        kind, config, data = "checkpoint", dict(data.get("config") or {}), data["model"]
+        kind, config, training = "checkpoint", dict(data.get("config") or {}), data.get("training")
+        data = data["model"]
     elif isinstance(data, dict) and isinstance(data.get("state_dict"), dict):
         data = data["state_dict"]
     if not isinstance(data, dict) or not all(isinstance(item, Tensor) for item in data.values()):
@@ -452,8 +459,8 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], str, dict[str, Any]]:
         if not str(key).endswith("num_batches_tracked")
     }
     if {"conv1.weight", "layer1.0.conv3.weight"} <= state.keys():
-        return _from_torchvision(state), "torchvision", config
-    return state, kind, config
+        return _from_torchvision(state), "torchvision", config, None
+    return state, kind, config, training
 
 
 def _from_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -623,7 +630,8 @@ def convert(source: str | Path, target: str | Path) -> None:
 
 def describe(path: str | Path) -> str:
     """Format, size, backbone and classes of a weight file, for people."""
-    _, state, kind, config, _ = read_state_dict(path)
+    file = read_state_dict(path)
+    state, kind, config = file.state_dict, file.format, file.config
     numbers = sum(tensor.numel() for tensor in state.values())
     head = state.get("classifier.linear_class.weight")
     return (

@@ -1,0 +1,553 @@
+"""Runs of training: steps, resuming after a kill, two processes, logs. Losses: test_training.py.
+
+This file is also the script of the runs that are killed:
+    python tests/test_fit.py MODEL_DIR new|resume [EPOCHS]
+"""
+
+import json
+import logging
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TinyNetwork
+from torch import nn
+
+import model as modellib
+import training
+import utils
+import weights
+from dataset import TorchDataset, horizontal_flip, make_loader
+
+EPOCHS, STEPS = 3, 3
+
+
+class Squares(utils.Dataset):
+    """Two bright squares in an image of noise."""
+
+    def __init__(self, count, seed=0):
+        super().__init__()
+        self.add_class("squares", 1, "square")
+        for i in range(count):
+            self.add_image("squares", f"square-{i}", None, seed=seed + i)
+        self.prepare()
+
+    def draw(self, image_id):
+        rng = np.random.default_rng(self.image_info[image_id]["seed"])
+        image = rng.integers(0, 80, (64, 64, 3), dtype=np.uint8)
+        masks = np.zeros((64, 64, 2), dtype=bool)
+        for n in range(2):
+            y, x, side = *rng.integers(0, 36, 2), rng.integers(12, 28)
+            masks[y : y + side, x : x + side, n] = True
+            image[masks[..., n]] = rng.integers(120, 256, 3)
+        return image, masks
+
+    def load_image(self, image_id):
+        return self.draw(image_id)[0]
+
+    def load_mask(self, image_id):
+        return self.draw(image_id)[1], np.ones(2, dtype=np.int32)
+
+
+def make_config(**options):
+    defaults = {
+        "NUM_CLASSES": 2,
+        "IMAGE_MIN_DIM": 64,
+        "IMAGE_MAX_DIM": 64,
+        "RPN_ANCHOR_SCALES": (8, 16, 24, 32, 64),
+        "POST_NMS_ROIS_TRAINING": 100,
+        "POST_NMS_ROIS_INFERENCE": 50,
+        "TRAIN_ROIS_PER_IMAGE": 30,
+        "STEPS_PER_EPOCH": STEPS,
+        "VALIDATION_STEPS": 1,
+        "NUM_WORKERS": 0,
+        "TRAIN_BN": True,
+        "WARMUP_STEPS": 2,
+        "LR_SCHEDULE": "cosine",
+    }
+    return TinyNetwork(**{**defaults, **options})
+
+
+def make_model(model_dir, **options):
+    torch.manual_seed(0)
+    return modellib.MaskRCNN(make_config(**options), model_dir)
+
+
+def train(model, epochs=EPOCHS, layers="all", **options):
+    options = {"augmentation": horizontal_flip, **options}
+    model.train_model(Squares(5), Squares(2, seed=100), 0.02, epochs, layers, **options)
+
+
+def states_equal(one, two):
+    assert one.keys() == two.keys()
+    different = [name for name in one if not torch.equal(one[name], two[name])]
+    assert not different
+
+
+# --- Killed and resumed --------------------------------------------------------------------------
+
+
+def start(model_dir, *arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, str(model_dir), *arguments]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for_step(process, model_dir, step):
+    """Waits until the process says that it has begun this step."""
+    for line in process.stdout:
+        if line.strip() == f"step {step}":
+            return
+    pytest.fail(f"the run ended before step {step}: {process.stderr.read()}")
+
+
+def final_weights(model_dir):
+    return weights.read_state_dict(training.find_checkpoints(model_dir, "tiny")[0]).state_dict
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Weights of a run that nothing stopped, and the records of its epochs."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    process = start(folder, "new")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    checkpoint = training.find_checkpoints(folder, "tiny")[0]
+    return final_weights(folder), training.read_history(checkpoint.parent)
+
+
+def without_times(records):
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+
+
+@pytest.mark.parametrize("step", [STEPS + 1, 2 * STEPS])
+def test_a_killed_run_resumes_to_the_same_bits(uninterrupted, tmp_path, step):
+    process = start(tmp_path, "new")
+    wait_for_step(process, tmp_path, step)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    process.communicate()
+    before = training.find_checkpoints(tmp_path, "tiny")
+    assert before
+
+    process = start(tmp_path, "resume")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    folder = before[0].parent
+    assert len(list(tmp_path.iterdir())) == 1, "the run goes on in its own folder"
+    states_equal(final_weights(tmp_path), uninterrupted[0])
+    assert without_times(training.read_history(folder)) == without_times(uninterrupted[1])
+    assert not list(folder.glob(".*")), "no half-written file is left"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_saves_amid_an_epoch_and_the_run_resumes_to_the_same_bits(
+    uninterrupted, tmp_path, number
+):
+    process = start(tmp_path, "new")
+    wait_for_step(process, tmp_path, STEPS + 1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 130, errors
+    last = training.find_checkpoints(tmp_path, "tiny")[0]
+    assert last.name.startswith("mask_rcnn_tiny_0001-00000")
+    assert f"saved {last}" in errors
+
+    process = start(tmp_path, "resume")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    states_equal(final_weights(tmp_path), uninterrupted[0])
+    records = training.read_history(last.parent)
+    assert without_times(records) == without_times(uninterrupted[1])
+
+
+def test_a_truncated_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, caplog):
+    model = make_model(tmp_path)
+    train(model)
+    first, second = training.find_checkpoints(tmp_path, "tiny")[:2]
+    assert (first.name[-8:], second.name[-8:]) == ("0003.pth", "0002.pth")
+    first.write_bytes(first.read_bytes()[:20_000])
+
+    resumed = make_model(tmp_path)
+    assert resumed.resume() == second
+    assert resumed.epoch == 2
+    assert str(first) in caplog.text
+    assert "damaged" in caplog.text
+    train(resumed)
+    states_equal(resumed.state_dict(), model.state_dict())
+
+
+def test_nothing_can_be_read(tmp_path):
+    model = make_model(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no checkpoint of a run named 'tiny'"):
+        model.resume()
+    folder = tmp_path / "tiny20260101T000000"
+    folder.mkdir()
+    (folder / "mask_rcnn_tiny_0001.pth").write_bytes(b"")
+    with pytest.raises(ValueError, match="none of the checkpoints can be read"):
+        model.resume()
+
+
+def test_a_full_disk_costs_no_checkpoint(tmp_path, caplog):
+    model = make_model(tmp_path)
+    train(model, epochs=1)
+    (saved,) = training.find_checkpoints(tmp_path, "tiny")
+    content = saved.read_bytes()
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="mask_rcnn_tiny_0002.pth could not be written"):
+            train(model, epochs=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "the checkpoint before it is still there" in caplog.text
+    assert training.find_checkpoints(tmp_path, "tiny") == [saved]
+    assert saved.read_bytes() == content
+    assert not list(saved.parent.glob(".*"))
+    train(model, epochs=3)
+    assert training.find_checkpoints(tmp_path, "tiny")[0].name == "mask_rcnn_tiny_0003.pth"
+
+
+# --- Steps ---------------------------------------------------------------------------------------
+
+
+class Everything(TinyNetwork):
+    """Options with which no anchor and no roi is left to chance."""
+
+    NUM_CLASSES = 2
+    IMAGE_MIN_DIM = IMAGE_MAX_DIM = 64
+    RPN_ANCHOR_SCALES = (8, 16, 24, 32, 64)
+    RPN_TRAIN_ANCHORS_PER_IMAGE = 100_000
+    TRAIN_ROIS_PER_IMAGE = 10_000_000
+    ROI_POSITIVE_RATIO = 1e-4
+    POST_NMS_ROIS_TRAINING = 2000
+    NUM_WORKERS = 0
+    STEPS_PER_EPOCH = 1
+    GRADIENT_CLIP_NORM = 1e6
+    WEIGHT_DECAY = 0.01
+
+
+def make_sure_model(seed=0, **options):
+    """A model of Everything whose proposals are the anchors, nearly, so that some hit an object."""
+    torch.manual_seed(seed)
+    model = modellib.MaskRCNN(Everything(**options))
+    with torch.no_grad():
+        model.rpn.conv_bbox.weight *= 0.001
+    return model
+
+
+def batches_of(config, *image_ids):
+    data = TorchDataset(Squares(4), config)
+    from dataset import collate
+
+    return collate([data[i] for i in image_ids])
+
+
+def test_accumulation_takes_the_mean_of_the_gradients():
+    model = make_sure_model(GRADIENT_ACCUMULATION=2, LEARNING_MOMENTUM=0.0)
+    batches = [batches_of(model.config, i) for i in (0, 1)]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    gradients = []
+    for batch in batches:
+        model.zero_grad()
+        sum(model(*training.split_batch(batch)).values()).backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    model.zero_grad()
+
+    trainer = training.Trainer(model, model.config, iter(batches), str)
+    losses, images = trainer.step(0.1)
+    assert images == 2
+    assert list(losses) == list(model.config.LOSS_WEIGHTS)
+    norms = {n for n, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    moved = 0
+    for name, parameter in model.named_parameters():
+        mean = (gradients[0][name] + gradients[1][name]) / 2
+        decay = 0.0 if name.rpartition(".")[0] in norms else 0.01
+        expected = before[name] - 0.1 * (mean + decay * before[name])
+        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-4, atol=1e-6, msg=name)
+        moved += not torch.equal(parameter, before[name])
+    assert moved == len(before)
+    assert min(losses.values()) > 0
+
+
+def test_gradients_are_clipped_once_per_step():
+    model = make_sure_model(GRADIENT_CLIP_NORM=0.5, GRADIENT_ACCUMULATION=2)
+    batch = batches_of(model.config, 0)
+    training.Trainer(model, model.config, iter([batch, batch]), str).step(0.1)
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    assert norm.item() == pytest.approx(0.5, rel=1e-4)
+
+
+def test_batchnorm_does_not_decay():
+    model = make_model("unused")
+    groups = training.make_optimizer(model, model.config).param_groups
+    norms = {name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    decaying, others = (
+        {
+            n.rpartition(".")[0]
+            for n, p in model.named_parameters()
+            if any(p is q for q in g["params"])
+        }
+        for g in groups
+    )
+    assert (groups[0]["weight_decay"], groups[1]["weight_decay"]) == (0.0001, 0.0)
+    assert others == norms
+    assert not decaying & norms
+
+
+def test_rate_of_a_stage():
+    config = make_config(WARMUP_STEPS=3, LR_SCHEDULE="constant")
+    rates = [training.rate_factor(step, 100, config) for step in (0, 1, 2, 3, 99)]
+    assert rates == [0.25, 0.5, 0.75, 1, 1]
+    config = make_config(WARMUP_STEPS=0, LR_SCHEDULE="cosine")
+    rates = [training.rate_factor(step, 100, config) for step in (0, 25, 50, 75, 100)]
+    assert rates == pytest.approx([1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2, 0])
+    config = make_config(WARMUP_STEPS=0, LR_SCHEDULE="step", LR_STEPS=(0.5, 0.75))
+    rates = [training.rate_factor(step, 100, config) for step in (0, 49, 50, 74, 75, 99)]
+    assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+class Sick(nn.Module):
+    """A model whose loss is NaN for one image."""
+
+    def __init__(self, image):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.image = image
+
+    def forward(self, images, targets):
+        sick = any(torch.equal(image, self.image) for image in images)
+        loss = self.weight * (math.nan if sick else 1.0)
+        return {"good_loss": self.weight.sum(), "bad_loss": loss.sum()}
+
+
+def test_a_loss_that_is_not_finite_names_itself_and_the_image_and_changes_nothing():
+    config = make_config(IMAGES_PER_GPU=1, GRADIENT_ACCUMULATION=3)
+    data = TorchDataset(Squares(5), config)
+    loader = make_loader(data, config, shuffle=False)
+    model = Sick(data[4]["image"])
+    trainer = training.Trainer(model, config, training.endless(loader, 0), data.describe)
+    trainer.step(0.1)
+    before = model.weight.item()
+    message = r"^bad_loss is nan for the images squares\.square-4; .*learning rate"
+    with pytest.raises(training.NonFiniteLossError, match=message):
+        trainer.step(0.1)
+    assert model.weight.item() == before < 1
+
+
+@pytest.mark.parametrize("start", [0, 1, 4, 7])
+def test_the_stream_of_batches_goes_on_anywhere(start):
+    config = make_config()
+    data = TorchDataset(Squares(5), config, horizontal_flip)
+
+    def take(first, count):
+        stream = training.endless(make_loader(data, config, shuffle=True), first)
+        return [next(stream) for _ in range(count)]
+
+    whole = take(0, 9)
+    ids = [batch["image_ids"] for batch in whole]
+    assert sorted(chain(*ids[:3])) == sorted(chain(*ids[3:6])) == [0, 1, 2, 3, 4]
+    assert ids[:3] != ids[3:6]
+    for batch, expected in zip(take(start, 9 - start), whole[start:], strict=True):
+        assert batch["image_ids"] == expected["image_ids"]
+        assert torch.equal(batch["images"], expected["images"])
+
+
+def test_validation_is_the_same_each_time_and_leaves_no_trace(tmp_path):
+    model = make_model(tmp_path)
+    loader = make_loader(TorchDataset(Squares(4), model.config), model.config, shuffle=False)
+    before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    one, two = (training.validate(model, loader, model.config) for _ in range(2))
+    assert one == two
+    assert one["val_loss"] == pytest.approx(sum(v for k, v in one.items() if k != "val_loss"))
+    assert len(one) == 6
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    states_equal(model.state_dict(), before)
+
+
+def test_bfloat16_trains(tmp_path):
+    losses = {}
+    for amp in (None, "bf16"):
+        model = make_model(tmp_path / str(amp), AMP=amp)
+        train(model, epochs=1)
+        losses[amp] = training.read_history(model.log_dir)[0]["loss"]
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert losses[None] != losses["bf16"] == pytest.approx(losses[None], rel=0.05)
+
+
+# --- Several processes ---------------------------------------------------------------------------
+
+
+def two_processes(folder):
+    """One step in each of two processes; run by torchrun."""
+    with training.distributed("cpu"):
+        model = make_sure_model(seed=training.rank())  # the main process's weights count
+        batch = batches_of(model.config, training.rank())
+        trainer = training.Trainer(model, model.config, iter([batch]), str)
+        losses, _ = trainer.step(0.1)
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        torch.save((losses, gradients), f"{folder}/rank{training.rank()}.pt")
+        # A whole run: one folder, one history, the same weights in both processes.
+        config = make_config(VALIDATION_STEPS=2, IMAGES_PER_GPU=1)
+        model = modellib.MaskRCNN(config, folder)
+        train(model, 2, evaluate=lambda model: {"segm_AP": 0.5} if training.is_main() else {})
+        torch.save((model.state_dict(), model.log_dir), f"{folder}/trained{training.rank()}.pt")
+
+
+def test_two_processes_do_what_one_does_with_both_images(tmp_path):
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    run = subprocess.run(
+        [sys.executable, *command, __file__, str(tmp_path), "processes"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    model = make_sure_model()
+    batch = batches_of(model.config, 0, 1)
+    expected, _ = training.Trainer(model, model.config, iter([batch]), str).step(0.1)
+    assert min(expected.values()) > 0
+    for rank in (0, 1):
+        losses, gradients = torch.load(tmp_path / f"rank{rank}.pt")
+        assert losses == pytest.approx(expected, rel=1e-5)
+        for name, parameter in model.named_parameters():
+            difference = (gradients[name] - parameter.grad).norm()
+            assert difference <= 1e-4 * parameter.grad.norm() + 1e-7, name
+
+    (one, log_dir), (two, other) = (
+        torch.load(tmp_path / f"trained{rank}.pt", weights_only=False) for rank in (0, 1)
+    )
+    assert log_dir == other
+    learned = [name for name, _ in modellib.MaskRCNN(make_config()).named_parameters()]
+    states_equal({n: one[n] for n in learned}, {n: two[n] for n in learned})
+    records = training.read_history(log_dir)
+    assert [record["epoch"] for record in records] == [1, 2]
+    assert [record["images"] for record in records] == [2 * STEPS, 2 * STEPS]
+    assert [record["segm_AP"] for record in records] == [0.5, 0.5]
+    assert len(list(log_dir.glob("mask_rcnn_tiny_*.pth"))) == 2
+
+
+# --- What a run leaves ---------------------------------------------------------------------------
+
+
+def test_a_run_leaves_checkpoints_history_pictures_and_events(tmp_path):
+    model = make_model(tmp_path, KEEP_CHECKPOINTS=2, EVALUATE_EVERY=2)
+    scores = iter([0.3, 0.2, 0.1])
+    seen = []
+    train(
+        model,
+        epochs=5,
+        callbacks=[seen.append],
+        evaluate=lambda model: {"segm_AP": next(scores), "bbox_AP": 0.5},
+    )
+    folder = model.log_dir
+    assert folder.parent == tmp_path
+    assert model.find_last() == folder / "mask_rcnn_tiny_0005.pth"
+    names = sorted(path.name for path in folder.glob("mask_rcnn*"))
+    assert names == ["mask_rcnn_tiny_0004.pth", "mask_rcnn_tiny_0005.pth"]
+    best = torch.load(folder / "best.pth", weights_only=True)
+    assert best["training"]["epoch"] == 2, "outlives its checkpoint"
+    records = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    assert records == seen
+    assert [record["epoch"] for record in records] == [1, 2, 3, 4, 5]
+    assert [record.get("segm_AP") for record in records] == [None, 0.3, None, 0.2, 0.1]
+    for record in records:
+        assert record["loss"] == pytest.approx(sum(record[n] for n in model.config.LOSS_WEIGHTS))
+        assert record["images"] == 5, "three steps of two images are one pass through the data"
+    assert (folder / "loss.png").stat().st_size > 1000
+    assert list(folder.glob("events.out.tfevents.*"))
+    assert json.loads((folder / "config.json").read_text())["STEPS_PER_EPOCH"] == STEPS
+    loaded = modellib.MaskRCNN.from_weights(folder / "best.pth")
+    assert loaded.config.STEPS_PER_EPOCH == STEPS
+
+
+def test_a_stage_that_is_done_returns_at_once_and_the_next_goes_on(tmp_path):
+    model = make_model(tmp_path)
+    train(model, epochs=1, layers="heads")
+    folder = model.log_dir
+    train(model, epochs=1, layers="heads")
+    assert model.epoch == 1
+    train(model, epochs=2, layers="all")
+    assert (model.epoch, model.log_dir) == (2, folder)
+    assert [record["epoch"] for record in training.read_history(folder)] == [1, 2]
+
+
+def test_early_stopping_and_callbacks_end_a_run(tmp_path):
+    scores = iter([0.1, 0.3, 0.2, 0.3, 0.5])
+    model = make_model(tmp_path, EARLY_STOPPING=2, STEPS_PER_EPOCH=1, VALIDATION_STEPS=0)
+    train(model, epochs=9, evaluate=lambda model: {"segm_AP": next(scores)})
+    assert model.epoch == 4
+    train(model, epochs=9, callbacks=[lambda record: record["epoch"] == 5, lambda record: None])
+    assert model.epoch == 5
+
+
+def test_the_last_run_is_the_newest_that_has_a_checkpoint(tmp_path):
+    model = make_model(tmp_path, NAME="my-Run")
+    for folder, names in {
+        "my-run20250101T1010": ["mask_rcnn_my-run_0160.pth"],
+        "my-run20260101T101010": ["mask_rcnn_my-run_0009.pth", "mask_rcnn_my-run_0010.pth"],
+        "my-run20260202T101010": ["history.jsonl"],
+        "my-run220270101T101010": ["mask_rcnn_my-run2_0010.pth"],
+    }.items():
+        (tmp_path / folder).mkdir()
+        for name in names:
+            (tmp_path / folder / name).touch()
+    assert model.find_last() == tmp_path / "my-run20260101T101010" / "mask_rcnn_my-run_0010.pth"
+    (model.find_last().parent / "mask_rcnn_my-run_0010-000050.pth").touch()
+    assert model.find_last().name == "mask_rcnn_my-run_0010-000050.pth"
+
+
+def test_weights_of_the_original_resume_without_an_optimizer(tmp_path, caplog):
+    model = make_model(tmp_path)
+    folder = tmp_path / "tiny20180101T0000"
+    folder.mkdir()
+    torch.save(model.state_dict(), folder / "mask_rcnn_tiny_0002.pth")
+    resumed = make_model(tmp_path)
+    resumed.resume()
+    assert resumed.epoch == 2
+    assert "the optimizer starts anew" in caplog.text
+    train(resumed, epochs=3)
+    assert [record["epoch"] for record in training.read_history(folder)] == [3]
+
+
+def main(model_dir, mode, epochs=str(EPOCHS)):
+    if mode == "processes":
+        return two_processes(model_dir)
+    model = make_model(model_dir)
+    if mode == "resume":
+        model.resume()
+    step = training.Trainer.step
+
+    def told_step(self, learning_rate):
+        print("step", model.run.epoch * STEPS + model.run.step, flush=True)
+        if mode == "new":
+            time.sleep(0.3)  # for the signal to come amid an epoch
+        return step(self, learning_rate)
+
+    training.Trainer.step = told_step
+    train(model, int(epochs))
+    return None
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    logging.basicConfig()
+    try:
+        main(*sys.argv[1:])
+    except KeyboardInterrupt as interrupt:
+        print(interrupt, file=sys.stderr)
+        sys.exit(130)
