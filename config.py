@@ -84,6 +84,9 @@ class Config:
     # ---------------------------------------------------------------- heads and detections
     # Classes, background included.
     NUM_CLASSES: int = 1
+    # Their names, the background's first. Training takes them from the data set, so that
+    # checkpoints know them.
+    CLASS_NAMES: Sequence[str] | None = None
     POOL_SIZE: int = 7
     MASK_POOL_SIZE: int = 14
     # Output of the mask head: twice MASK_POOL_SIZE.
@@ -300,6 +303,11 @@ class Config:
             "BACKBONE_STRIDES",
         )
         check(lambda v: len(v) >= 1 and sum(v) >= 0, "a number per channel", "MEAN_PIXEL")
+        check(
+            lambda v: v is None or len(v) == self.NUM_CLASSES,
+            f"None or a list of NUM_CLASSES = {self.NUM_CLASSES} names",
+            "CLASS_NAMES",
+        )
         check(lambda v: v is None or callable(v), "a function or None", "COMPUTE_BACKBONE_SHAPE")
         check(
             lambda v: set(v) == set(Config.LOSS_WEIGHTS) and min(v.values()) >= 0,

@@ -1,8 +1,10 @@
 """Detects objects in photographs and draws them.
 
-python demo.py                                   # a photograph that scikit-image ships
-python demo.py street.jpg holiday/ --output out  # files and folders
-python demo.py street.jpg --stages --json        # the pipeline's stages, COCO-style results
+python demo.py                                    # coins and shapes: nothing to download
+python demo.py street.jpg holiday/ --output out   # files and folders, 80 classes of COCO
+python demo.py street.jpg --stages --json         # the pipeline's stages, COCO-style results
+python demo.py cells.png --model nuclei           # cell nuclei under the microscope
+python demo.py mine.jpg --model logs/.../best.pth # a model of your own
 """
 
 import argparse
@@ -21,6 +23,7 @@ import coco
 import model as modellib
 import utils
 import visualize
+from config import Config
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 
@@ -41,16 +44,23 @@ def find_images(paths: Sequence[str]) -> list[Path]:
     return found
 
 
-def sample_image() -> np.ndarray:
+def sample_images(model: str) -> dict[str, np.ndarray]:
+    """What to show where no image is named, by name."""
     import skimage.data
 
-    return skimage.data.astronaut()
+    if model != "shapes":
+        return {"astronaut": skimage.data.astronaut()}
+    from samples.shapes import scene
+
+    return {"coins": skimage.data.coins(), "shapes": scene(0).image}
 
 
-def class_names(count: int) -> list[str]:
-    if count == len(coco.CLASS_NAMES):
+def class_names(config: Config) -> list[str]:
+    if config.CLASS_NAMES:
+        return list(config.CLASS_NAMES)
+    if len(coco.CLASS_NAMES) == config.NUM_CLASSES:
         return coco.CLASS_NAMES
-    return ["BG", *(f"class {i}" for i in range(1, count))]
+    return ["BG", *(f"class {i}" for i in range(1, config.NUM_CLASSES))]
 
 
 def draw_stages(
@@ -101,30 +111,33 @@ def run(args: argparse.Namespace) -> int:
     """Does what the command line asks; returns the number of images that could not be read."""
     if not 0 <= args.min_confidence <= 1:
         raise ValueError(f"--min-confidence must be in 0..1, got {args.min_confidence}")
-    paths: list[Path | None] = [*find_images(args.images)] or [None]
+    model_name = args.model or ("coco" if args.images else "shapes")
+    images: dict[Path, np.ndarray | None] = dict.fromkeys(find_images(args.images))
+    if not args.images:
+        images = {Path(stem): image for stem, image in sample_images(model_name).items()}
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = modellib.MaskRCNN.from_weights(
-        args.model, DETECTION_MIN_CONFIDENCE=args.min_confidence
-    ).to(device)
-    names = class_names(model.config.NUM_CLASSES)
-    category_ids = coco.CATEGORY_IDS if names is coco.CLASS_NAMES else None
+    options = {"DETECTION_MIN_CONFIDENCE": args.min_confidence}
+    model = modellib.MaskRCNN.from_weights(model_name, **options).to(device)
+    names = class_names(model.config)
+    category_ids = coco.CATEGORY_IDS if names == coco.CLASS_NAMES else None
     channels = model.config.IMAGE_CHANNEL_COUNT
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
 
     broken, used = 0, set()
-    for path in tqdm(paths, unit="image", disable=len(paths) == 1):
-        stem = "astronaut" if path is None else path.stem
+    for path, image in tqdm(images.items(), unit="image", disable=len(images) <= 2):
         try:
-            image = utils.load_image(path, channels) if path else sample_image()
+            if image is None:
+                image = utils.load_image(path, channels)
             if args.stages:
                 result, pictures = draw_stages(model, image, names)
             else:
                 result, pictures = model.detect([image], masks="rle")[0], {}
         except (OSError, ValueError, RuntimeError) as error:
-            tqdm.write(f"demo.py: skipped {path or stem}: {one_line(error)}", file=sys.stderr)
+            tqdm.write(f"demo.py: skipped {path}: {one_line(error)}", file=sys.stderr)
             broken += 1
             continue
+        stem = path.stem
         name = next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, 10**6))) if n not in used)
         used.add(name)
         arguments = (result["rois"], result["masks"], result["class_ids"], names, result["scores"])
@@ -135,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             image_id = int(name) if name.isdecimal() else name
             write(output / f"{name}.json", coco.build_coco_results(image_id, result, category_ids))
-        tqdm.write(f"{path or name}: {len(result['scores'])} objects, {output / name}_*.png")
+        tqdm.write(f"{path}: {len(result['scores'])} objects, {output / name}_*.png")
         if args.show:
             visualize.display_images([picture], [name], cols=1, show=True)
     return broken
@@ -146,7 +159,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("images", nargs="*", metavar="IMAGE|FOLDER", help="what to look at")
-    parser.add_argument("--model", default="coco", help="coco, or a .h5 or .pth file")
+    parser.add_argument(
+        "--model",
+        metavar="NAME|FILE",
+        help="shapes, nuclei, coco, or a .h5 or .pth file; default: coco (shapes without IMAGE)",
+    )
     parser.add_argument("--output", default="out", metavar="DIR", help="default: out")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
     parser.add_argument("--min-confidence", type=float, default=0.7, help="default: 0.7")

@@ -950,6 +950,7 @@ class MaskRCNN(nn.Module):
             ValueError: the data, config or layers do not fit.
             OSError: the last checkpoint could not be written.
         """
+        self.config.CLASS_NAMES = list(train_dataset.class_names)
         self.set_trainable(layers)
         self.train()
         training.fit(

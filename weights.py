@@ -59,6 +59,7 @@ SOURCES = {
     ),
 }
 
+SHIPPED = ("shapes", "nuclei")
 RESNETS = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101"}
 
 
@@ -492,9 +493,10 @@ def find_weights(name_or_path: str | Path, backbone: object = "resnet101") -> Pa
     """The file behind a name, downloaded if need be, or behind a path.
 
     Args:
-        name_or_path: "coco" (mask_rcnn_coco.h5, or .pth), "imagenet" (torchvision's ResNet) or a
-            path. The files of a name are looked for in the working directory, beside this module
-            and in the cache folder.
+        name_or_path: "shapes" or "nuclei" (which ship with the library), "coco"
+            (mask_rcnn_coco.h5, or .pth), "imagenet" (torchvision's ResNet) or a path. Files to be
+            downloaded are looked for in the working directory, beside this module and in the cache
+            folder first.
         backbone: for "imagenet", "resnet50" or "resnet101".
 
     Raises:
@@ -502,7 +504,7 @@ def find_weights(name_or_path: str | Path, backbone: object = "resnet101") -> Pa
         ValueError: no ImageNet weights exist for the backbone.
         ConnectionError: see download.
     """
-    name = str(name_or_path)
+    name, home = str(name_or_path), Path(__file__).resolve().parent
     if name == "imagenet":
         if backbone not in ("resnet50", "resnet101"):
             raise ValueError(
@@ -510,10 +512,12 @@ def find_weights(name_or_path: str | Path, backbone: object = "resnet101") -> Pa
                 "give the path of a file that fits"
             )
         name = str(backbone)
+    elif name in SHIPPED:
+        return _existing(home / "samples" / f"{name}.pth")
     elif name != "coco":
         return _existing(name_or_path)
     file = Path(SOURCES[name].url).name
-    for folder in (Path.cwd(), Path(__file__).resolve().parent, cache_folder()):
+    for folder in (Path.cwd(), home, cache_folder()):
         for candidate in (folder / file, (folder / file).with_suffix(".pth")):
             if candidate.is_file():
                 return candidate

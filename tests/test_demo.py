@@ -86,6 +86,12 @@ def test_without_arguments_it_takes_a_photograph_at_hand(model_path, tmp_path):
     assert picture.shape == (512, 512, 3)
 
 
+def test_checkpoints_bring_the_names_of_their_classes():
+    config = TinyConfig(CLASS_NAMES=["BG", *"abcdefg"][: TinyConfig.NUM_CLASSES])
+    assert demo.class_names(config)[1] == "a"
+    assert demo.class_names(TinyConfig())[1] == "class 1"
+
+
 def test_a_broken_image_is_named_and_the_rest_is_done(model_path, photos, tmp_path, capsys):
     (photos / "broken.png").write_bytes((photos / "one.png").read_bytes()[:200])
     assert run(model_path, tmp_path, photos) == 1
@@ -140,7 +146,7 @@ def test_without_network_one_line_says_which_file_to_put_where(tmp_path, capsys,
     monkeypatch.setattr(urllib.request, "urlopen", unreachable)
     monkeypatch.setenv("MASK_RCNN_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    assert demo.main(["--output", str(tmp_path / "out")]) == 2
+    assert demo.main(["--model", "coco", "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert weights.SOURCES["coco"].url in error
     assert str(tmp_path / "cache" / "mask_rcnn_coco.h5") in error
