@@ -350,7 +350,9 @@ class TorchDataset(torch.utils.data.Dataset[dict[str, Any]]):
         if not visible.all():
             lost = f"{np.count_nonzero(~visible)} of {len(visible)} objects"
             message = f"image {self.describe(image_id)}: {lost} have no pixels left, dropped"
-            self._log_once(image_id, logging.INFO, message)
+            # An augmentation that cuts parts out is expected to lose some.
+            level = logging.INFO if self.augmentation is None else logging.DEBUG
+            self._log_once(image_id, level, message)
         objects = np.flatnonzero(visible & (class_ids > 0))
         if len(objects) > self.config.MAX_GT_INSTANCES:
             objects = rng.choice(objects, self.config.MAX_GT_INSTANCES, replace=False)

@@ -1,4 +1,4 @@
-"""Builds the operators of nms/ and roialign/: C++ for the CPU, and CUDA where nvcc is there.
+"""Builds the operators of nms/, roialign/ and winograd/: C++, and CUDA where nvcc is there.
 
     pip install -e . --no-build-isolation
 
@@ -24,10 +24,12 @@ MODULES = [
     "visualize",
     "training",
     "model",
+    "evaluation",
+    "inspection",
     "coco",
     "demo",
 ]
-PACKAGES = ["nms", "roialign"]
+PACKAGES = ["nms", "roialign", "winograd"]
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 
 
@@ -74,7 +76,7 @@ def operators() -> dict[str, Any]:
         import torch
         from torch.utils import cpp_extension
     except (ImportError, OSError) as error:
-        warn("nms and roialign are not compiled: torch cannot be imported", error)
+        warn("the operators are not compiled: torch cannot be imported", error)
         return {}
     nvcc = []
     if torch.version.cuda is None:
@@ -86,20 +88,25 @@ def operators() -> dict[str, Any]:
             warn("nms and roialign are not compiled for CUDA: nvcc does not run", error)
             cuda = None
 
-    # No fused multiply-add: TensorFlow's arithmetic, and the same bits on every device.
-    cxx = ["/O2"] if os.name == "nt" else ["-O3", "-g0", "-ffp-contract=off"]
+    cxx = ["/O2"] if os.name == "nt" else ["-O3", "-g0"]
     if sys.platform == "linux" and torch.backends.openmp.is_available():
         cxx.append("-fopenmp")
+    # No fused multiply-add: TensorFlow's arithmetic, and the same bits on every device.
+    exact = [] if os.name == "nt" else ["-ffp-contract=off"]
+    # winograd is about speed, and its vectors never cross a function's border.
+    fast = ["-ffp-contract=fast", "-Wno-psabi"]
 
     def extension(package: str) -> Extension:
         folder = Path(package, "csrc")
-        make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
+        with_cuda = cuda and any(folder.glob("*.cu"))
+        make = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
+        flags = fast if package == "winograd" else exact
         return make(
             f"{package}._C",
-            sorted(str(path) for path in folder.glob("*.c*") if cuda or path.suffix == ".cpp"),
+            sorted(str(path) for path in folder.glob("*.c*") if with_cuda or path.suffix == ".cpp"),
             depends=sorted(str(path) for path in folder.iterdir()),
-            define_macros=[("WITH_CUDA", None)] if cuda else [],
-            extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+            define_macros=[("WITH_CUDA", None)] if with_cuda else [],
+            extra_compile_args={"cxx": [*cxx, *flags], "nvcc": nvcc},
             # A library of another torch shall fail to load, not fail in a call.
             extra_link_args=["-Wl,-z,now"] if sys.platform == "linux" else [],
             py_limited_api=True,  # one library for every Python: there is none in it
@@ -124,11 +131,13 @@ def operators() -> dict[str, Any]:
                 try:
                     return super().run()
                 except Exception as error:
-                    warn(f"nms and roialign are not compiled for {target}", error)
+                    warn(f"the operators are not compiled for {target}", error)
             self.extensions = []
 
+    # Visual C++ has no vector types: there, winograd stays in plain torch.
+    compiled = [package for package in PACKAGES if os.name != "nt" or package != "winograd"]
     return {
-        "ext_modules": [extension(package) for package in PACKAGES],
+        "ext_modules": [extension(package) for package in compiled],
         "cmdclass": {"build_ext": BuildOperators.with_options(no_python_abi_suffix=True)},
     }
 

@@ -12,11 +12,12 @@ LEVELS = [
     {"config", "utils", "nms", "roialign"},
     {"weights", "dataset", "visualize"},
     {"training"},
-    {"model"},
+    {"model", "evaluation"},
+    {"inspection"},
     {"coco"},
     {"demo"},
 ]
-ONLY_IN = {"matplotlib": {"visualize"}, "pycocotools": {"coco"}, "h5py": {"weights"}}
+ONLY_IN = {"matplotlib": {"visualize"}, "pycocotools": {"evaluation"}, "h5py": {"weights"}}
 
 
 def imports(path, top_level_only=False):
