@@ -432,8 +432,8 @@ def step(small_h5):
     model = MaskRCNN(SmallConfig()).train()
     model.load_weights(small_h5, verbose=False)
     shape = (256, 256)
-    *features, p6 = model.fpn(model.normalize(image))
-    rpn, proposals = model.propose([*features, p6], shape)
+    features = model.fpn(model.normalize(image))
+    _, proposals = model.propose(features, shape)
 
     # What chance chooses from, and what does not depend on it, is ours.
     everything = SmallConfig(RPN_TRAIN_ANCHORS_PER_IMAGE=10**6)
@@ -455,13 +455,29 @@ def step(small_h5):
     losses = model.compute_losses(
         features,
         shape,
-        rpn,
         [rpn_targets._replace(match=match)],
         [roi_targets],
         torch.ones(1, 4, dtype=torch.bool),
     )
     sum(losses.values()).backward()
     return golden, model, proposals, roi_targets, losses
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_rpn_at_some_anchors_is_the_rpn_at_all_of_them(stride):
+    torch.manual_seed(0)
+    rpn = modellib.RPN(6, 8, 3, stride).double()
+    features = [torch.randn(2, 6, n, 2 * n, dtype=torch.float64) for n in (8, 4, 3, 2, 1)]
+    levels = [rpn(feature) for feature in features]
+    count = sum(level.logits.shape[1] for level in levels)
+    for share in (0.2, 0.0):
+        judged = (torch.rand(2, count) < share).nonzero(as_tuple=True)
+        some = rpn.at(features, *judged)
+        for name in ("logits", "deltas"):
+            whole = torch.cat([getattr(level, name) for level in levels], dim=1)
+            torch.testing.assert_close(getattr(some, name), whole[judged])
+    some.logits.sum().backward()
+    assert rpn.conv_shared.weight.grad is not None
 
 
 def test_proposals_and_targets_of_the_reference_step(step):

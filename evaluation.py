@@ -1,0 +1,327 @@
+"""COCO's evaluation of boxes and masks, for any data set (https://cocodataset.org)."""
+
+import contextlib
+import io
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from tqdm import tqdm
+
+import training
+import utils
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+
+
+@dataclass
+class CocoEvaluation:
+    """COCO's numbers for boxes and masks; NaN where there is nothing to find.
+
+    Attributes:
+        bbox: COCO's 12 numbers for boxes by their names, see METRICS.
+        segm: the same for masks.
+        bbox_per_class: AP of boxes by class name.
+        segm_per_class: AP of masks by class name.
+        images: images looked at.
+        objects: objects in them, without crowds.
+        results: detections in COCO's result format, with the ids of the data set.
+        seconds: for one image, decoding left out.
+    """
+
+    bbox: dict[str, float]
+    segm: dict[str, float]
+    bbox_per_class: dict[str, float]
+    segm_per_class: dict[str, float]
+    images: int
+    objects: int
+    results: list[dict[str, Any]]
+    seconds: float
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What train_model wants of its `evaluate`."""
+        both = {"bbox": self.bbox, "segm": self.segm}
+        return {f"{kind}_{name}": both[kind][name] for kind in both for name in ("AP", "AP50")}
+
+    def __str__(self) -> str:
+        def row(title: str, values: Sequence[object]) -> str:
+            cells = (f"{v:7.3f}" if isinstance(v, float) else f"{v:>7}" for v in values)
+            return f"{title:15}" + "".join(cells).replace("nan", "  -")
+
+        lines = [
+            f"{self.images} images, {self.objects} objects, {len(self.results)} detections,"
+            f" {self.seconds:.3f} s per image"
+        ]
+        if not self.objects:
+            lines.append("no ground truth: there is no object to find, so there are no numbers")
+        elif not self.results:
+            lines.append("nothing was detected, so AP is 0")
+        lines += [row("", METRICS), row("bbox", [*self.bbox.values()])]
+        lines += [row("segm", [*self.segm.values()]), "", row("AP of class", ["bbox", "segm"])]
+        for name, ap in self.bbox_per_class.items():
+            if not math.isnan(ap):
+                lines.append(row(f"{name:14} ", [ap, self.segm_per_class[name]]))
+        return "\n".join(lines)
+
+
+def evaluate_coco(
+    model: Any,
+    dataset: utils.Dataset,
+    *,
+    image_ids: Sequence[int] | np.ndarray | None = None,
+    limit: int | None = None,
+    min_confidence: float | None = None,
+    results_path: str | Path | None = None,
+    verbose: int = 1,
+) -> CocoEvaluation | None:
+    """Detects the objects of a data set and compares boxes and masks with it, as COCO does.
+
+    Under torchrun each process takes its share of the images.
+
+    Args:
+        model: or whatever has its detect() and config.
+        dataset: any prepared utils.Dataset.
+        image_ids: which images, by their internal ids; None for all.
+        limit: at most so many of them; None or 0 for no limit.
+        min_confidence: instead of the config's DETECTION_MIN_CONFIDENCE. COCO's numbers are about
+            all detections: 0.
+        results_path: where to write the detections in COCO's result format.
+        verbose: 1 shows a progress bar.
+
+    Returns:
+        The numbers; None in all processes but the main one.
+
+    Raises:
+        ValueError: no images, other classes than the model's, or an image that cannot be used.
+    """
+    chosen = dataset.image_ids if image_ids is None else image_ids
+    ids = list(dict.fromkeys(map(int, chosen)))[: limit or None]
+    if not ids:
+        raise ValueError("there must be images to evaluate, got none")
+    if dataset.num_classes != model.config.NUM_CLASSES:
+        raise ValueError(
+            f"the model must have the classes of the data set, {dataset.num_classes} with the"
+            f" background, got {model.config.NUM_CLASSES}"
+        )
+    if results_path is not None:
+        Path(results_path).parent.mkdir(parents=True, exist_ok=True)
+    # First, because an annotation that cannot be used should be known before hours of detection.
+    truth = {i: ground_truth(dataset, i) for i in ids} if training.is_main() else {}
+
+    confidence = model.config.DETECTION_MIN_CONFIDENCE
+    model.config.DETECTION_MIN_CONFIDENCE = confidence if min_confidence is None else min_confidence
+    try:
+        share = ids[training.rank() :: training.world_size()]
+        found, seconds = _detect_all(model, dataset, share, verbose)
+    finally:
+        model.config.DETECTION_MIN_CONFIDENCE = confidence
+    shares: list[Any] = [(found, seconds)]
+    if training.world_size() > 1:
+        shares *= training.world_size()
+        dist.gather_object((found, seconds), shares if training.is_main() else None)
+    if not training.is_main():
+        return None
+    detections = {i: result for found, _ in shares for i, result in found.items()}
+
+    category_ids = [info["id"] for info in dataset.class_info]
+    results = [
+        result
+        for i in ids
+        for result in build_coco_results(dataset.image_info[i]["id"], detections[i], category_ids)
+    ]
+    if results_path is not None:
+        content = json.dumps(results).encode()
+        utils.write_atomic(results_path, lambda file: file.write(content))
+    bbox, bbox_per_class = _score(dataset, truth, detections, "bbox")
+    segm, segm_per_class = _score(dataset, truth, detections, "segm")
+    return CocoEvaluation(
+        bbox,
+        segm,
+        bbox_per_class,
+        segm_per_class,
+        images=len(ids),
+        objects=sum(not a["iscrowd"] for instances in truth.values() for a in instances),
+        results=results,
+        seconds=sum(seconds for _, seconds in shares) / len(ids),
+    )
+
+
+def evaluator(
+    dataset: utils.Dataset, limit: int | None = None
+) -> Callable[[Any], dict[str, float]]:
+    """What train_model(evaluate=...) takes: bbox_AP, bbox_AP50, segm_AP and segm_AP50."""
+
+    def evaluate(model: Any) -> dict[str, float]:
+        result = evaluate_coco(model, dataset, limit=limit, min_confidence=0.0, verbose=0)
+        return {} if result is None else result.metrics
+
+    return evaluate
+
+
+def build_coco_results(
+    image_id: int | str, result: dict[str, Any], category_ids: Sequence[int | str] | None = None
+) -> list[dict[str, Any]]:
+    """The detections of an image in COCO's result format, ready for json.dump.
+
+    Args:
+        image_id: as in the annotation file.
+        result: of MaskRCNN.detect(..., masks="rle").
+        category_ids: by class id; None gives the class ids themselves.
+
+    Returns:
+        Dicts of image_id, category_id, bbox [x, y, width, height], score and segmentation.
+    """
+    results = []
+    for box, class_id, score, mask in zip(
+        result["rois"].tolist(),
+        result["class_ids"].tolist(),
+        result["scores"].tolist(),
+        result["masks"],
+        strict=True,
+    ):
+        y1, x1, y2, x2 = box
+        results.append(
+            {
+                "image_id": image_id,
+                "category_id": category_ids[class_id] if category_ids else class_id,
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "score": score,
+                "segmentation": mask,
+            }
+        )
+    return results
+
+
+def ground_truth(dataset: utils.Dataset, image_id: int) -> list[dict[str, Any]]:
+    """The instances of an image; a data set may have a method ground_truth(image_id) for it."""
+    if hasattr(dataset, "ground_truth"):
+        return dataset.ground_truth(image_id)
+    return instances_of_masks(*dataset.load_mask(image_id))
+
+
+def instances_of_masks(masks: np.ndarray, class_ids: np.ndarray) -> list[dict[str, Any]]:
+    """What load_mask returns, as a list of instances."""
+    planes = np.moveaxis(masks, 2, 0)
+    return [instance(int(i), utils.rle_encode(m)) for i, m in zip(class_ids, planes, strict=True)]
+
+
+def instance(
+    class_id: int,
+    rle: dict[str, Any],
+    bbox: Sequence[float] | None = None,
+    area: float | None = None,
+) -> dict[str, Any]:
+    """An object or crowd in COCO's format, its category_id being the internal class id.
+
+    Args:
+        class_id: negative for crowds.
+        rle: compressed run lengths of the mask.
+        bbox: [x, y, width, height]; None for that of the mask.
+        area: None for that of the mask.
+    """
+    from pycocotools import mask as coco_mask
+
+    return {
+        "category_id": abs(class_id),
+        "iscrowd": int(class_id < 0),
+        "segmentation": rle,
+        "bbox": coco_mask.toBbox(rle).tolist() if bbox is None else bbox,
+        "area": float(coco_mask.area(rle)) if area is None else area,
+    }
+
+
+def as_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
+    """The union of polygons [[x, y, x, y, ...], ...] as run lengths, which are returned as such."""
+    from pycocotools import mask as coco_mask
+
+    if isinstance(segmentation, dict):
+        return segmentation
+    return coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+
+
+def _detect_all(
+    model: Any, dataset: utils.Dataset, image_ids: Sequence[int], verbose: int
+) -> tuple[dict[int, dict[str, Any]], float]:
+    """The result of detect(masks="rle") for each image, and seconds in detect."""
+    size = model.config.BATCH_SIZE
+    batches = [image_ids[start : start + size] for start in range(0, len(image_ids), size)]
+    results: dict[int, dict[str, Any]] = {}
+    seconds = 0.0
+
+    def load(batch: Sequence[int]) -> list[np.ndarray]:
+        return [dataset.load_image(image_id) for image_id in batch]
+
+    disable = not (verbose and training.is_main())
+    bar = tqdm(total=len(image_ids), desc="evaluate", unit="image", disable=disable)
+    # One thread decodes the next batch while the model works on this one.
+    with ThreadPoolExecutor(1) as pool, bar:
+        following = pool.submit(load, batches[0]) if batches else None
+        for number, batch in enumerate(batches):
+            assert following is not None
+            images = following.result()
+            if number + 1 < len(batches):
+                following = pool.submit(load, batches[number + 1])
+            start = time.perf_counter()
+            results.update(zip(batch, model.detect(images, masks="rle"), strict=True))
+            seconds += time.perf_counter() - start
+            bar.update(len(batch))
+    return results, seconds
+
+
+def _score(
+    dataset: utils.Dataset,
+    truth: dict[int, list[dict[str, Any]]],
+    detections: dict[int, dict[str, Any]],
+    kind: str,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """COCO's 12 numbers, and AP by class name, for "bbox" or "segm"."""
+    from pycocotools import mask as coco_mask
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    def index(annotations: Sequence[dict[str, Any]]) -> Any:
+        coco = COCO()
+        # Numbered from 1: to COCOeval, an object with the id 0 is one that nothing matched.
+        coco.dataset = {
+            # Their sizes are read, but only polygons would need them.
+            "images": [{"id": i, "height": 0, "width": 0} for i in truth],
+            "categories": [{"id": i} for i in range(1, dataset.num_classes)],
+            "annotations": [{"id": n, **a} for n, a in enumerate(annotations, start=1)],
+        }
+        coco.createIndex()
+        return coco
+
+    found = [r for i in truth for r in build_coco_results(i, detections[i])]
+    for result in found:
+        # Not COCO.loadRes, which takes the area of the box for that of a mask with a box.
+        result["area"] = (
+            float(coco_mask.area(result["segmentation"]))
+            if kind == "segm"
+            else result["bbox"][2] * result["bbox"][3]
+        )
+        result["iscrowd"] = 0
+    expected = [{"image_id": i, **a} for i, instances in truth.items() for a in instances]
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(index(expected), index(found), kind)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+
+    def number(value: float) -> float:
+        return float(value) if value > -1 else math.nan
+
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # [T, R, K - 1]: all sizes, 100 each
+    means = precision.mean(axis=(0, 1))
+    names = dataset.class_names[1:]
+    return (
+        dict(zip(METRICS, map(number, evaluation.stats), strict=True)),
+        dict(zip(names, map(number, means), strict=True)),
+    )

@@ -1,0 +1,160 @@
+"""What to know of a data set before training on it: sizes, objects, anchors, and how it looks."""
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import evaluation
+import model as modellib
+import utils
+from config import Config
+
+
+def inspect(
+    dataset: utils.Dataset,
+    config: Config,
+    sheet: str | Path | None = None,
+    limit: int | None = None,
+    samples: int = 12,
+) -> str:
+    """What to know of a data set before training on it.
+
+    Args:
+        dataset: prepared.
+        config: what it would be trained with; resizing and anchors matter.
+        sheet: a picture file to draw samples into, images with their annotations.
+        limit: look at so many images only, spread evenly; None or 0 for all.
+        samples: images in the sheet.
+
+    Returns:
+        Lines of text: sizes of images and objects, objects per image and class, and how well the
+        anchors fit.
+    """
+    ids = _spread(range(dataset.num_images), limit or dataset.num_images)
+    usable, sizes, faults, counts = [], [], [], []
+    sides, fits = [np.zeros(0)], [np.zeros(0)]
+    classes: Counter[int] = Counter()
+    crowds = 0
+    anchors = functools.lru_cache(2)(functools.partial(_anchors, config))
+    for image_id in tqdm(ids, desc="inspect", unit="image"):
+        try:
+            height, width = dataset.load_image(image_id).shape[:2]
+            instances = evaluation.ground_truth(dataset, image_id)
+        except (OSError, ValueError) as error:
+            faults.append(f"  {error}")
+            continue
+        usable.append(image_id)
+        sizes.append((width, height))
+        objects = [instance for instance in instances if not instance["iscrowd"]]
+        crowds += len(instances) - len(objects)
+        counts.append(len(objects))
+        classes.update(instance["category_id"] for instance in objects)
+        boxes, shape = _network_boxes(_corners(objects), (height, width), config)
+        sides.append(np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(axis=1)))
+        everyone = torch.ones(len(boxes), dtype=torch.int64)
+        overlaps, _ = modellib.match_boxes(anchors(shape), everyone, torch.from_numpy(boxes))
+        fits.append(overlaps[:-1].amax(dim=1).numpy())
+    if sheet is not None and usable:
+        _draw_sheet(dataset, _spread(usable, samples), sheet)
+
+    def range_of(values: Sequence[float] | np.ndarray) -> str:
+        low, middle, high = np.percentile(values, (5, 50, 95)) if len(values) else [math.nan] * 3
+        return f"{low:.0f} / {middle:.0f} / {high:.0f}"
+
+    side, fit = np.concatenate(sides), np.concatenate(fits)
+    widths, heights = np.array(sizes).reshape(-1, 2).T
+    many = sum(n > config.MAX_GT_INSTANCES for n in counts)
+    shares = ", ".join(
+        f"{np.count_nonzero(fit < t)} ({np.mean(fit < t) if len(fit) else 0:.1%}) below {t}"
+        for t in (0.3, 0.5, 0.7)
+    )
+    lines = [
+        f"{len(ids)} of {dataset.num_images} images, {len(faults)} of which cannot be used",
+        *faults[:10],
+        "5 % / median / 95 % of",
+        f"  image width       {range_of(widths)}",
+        f"  image height      {range_of(heights)}",
+        f"  objects per image {range_of(counts)}, {counts.count(0)} images without,"
+        f" {many} with more than MAX_GT_INSTANCES = {config.MAX_GT_INSTANCES}",
+        f"  object side       {range_of(side)} network pixels (root of the box area);"
+        f" RPN_ANCHOR_SCALES = {tuple(config.RPN_ANCHOR_SCALES)}",
+        f"best anchor of each object: of {len(fit)}, IoU of {shares}",
+        f"{sum(classes.values())} objects, {crowds} crowds, of {dataset.num_classes - 1} classes:",
+    ]
+    names = dataset.class_names
+    lines += [
+        f"  {classes[i]:7} {names[i]}"
+        for i in sorted(dataset.class_ids[1:], key=lambda i: -classes[i])
+    ]
+    return "\n".join(lines)
+
+
+def _spread(items: Sequence[int], count: int) -> list[int]:
+    """At most count of the items, evenly spread."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def _corners(instances: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Boxes [N, (y1, x1, y2, x2)] float64 of instances in COCO's format."""
+    x, y, width, height = np.array([i["bbox"] for i in instances]).reshape(-1, 4).T
+    return np.stack([y, x, y + height, x + width], axis=1)
+
+
+def _anchors(config: Config, shape: Sequence[int]) -> torch.Tensor:
+    """All anchors, [A, 4] float64, of a network input of (height, width) pixels."""
+    anchors = utils.generate_pyramid_anchors(
+        config.RPN_ANCHOR_SCALES,
+        config.RPN_ANCHOR_RATIOS,
+        config.backbone_shapes(shape),
+        config.BACKBONE_STRIDES,
+        config.RPN_ANCHOR_STRIDE,
+    )
+    return torch.from_numpy(anchors)
+
+
+def _network_boxes(
+    boxes: np.ndarray, size: Sequence[int], config: Config
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Boxes [N, 4] of an image of this size in network pixels, and the network input's shape."""
+    resized = utils.resize_image(
+        np.empty((*size, 0), np.uint8),  # an image without channels costs nothing
+        min_dim=config.IMAGE_MIN_DIM,
+        max_dim=config.IMAGE_MAX_DIM,
+        min_scale=config.IMAGE_MIN_SCALE,
+        mode=config.IMAGE_RESIZE_MODE,
+    )
+    height, width = resized.image.shape[:2]
+    corner = resized.window[:2] if resized.crop is None else [-n for n in resized.crop[:2]]
+    boxes = utils.clip_boxes(boxes * resized.scale + np.tile(corner, 2), (0, 0, height, width))
+    return boxes[(boxes[:, 2:] > boxes[:, :2]).all(axis=1)], (height, width)
+
+
+def _draw_sheet(dataset: utils.Dataset, image_ids: Sequence[int], path: str | Path) -> None:
+    import visualize  # for matplotlib, which nothing else here needs
+
+    pictures, titles = [], []
+    for image_id in image_ids:
+        instances = evaluation.ground_truth(dataset, image_id)
+        class_ids = [i["category_id"] * (-1 if i["iscrowd"] else 1) for i in instances]
+        masks = [instance["segmentation"] for instance in instances]
+        pictures.append(
+            visualize.draw_instances(
+                dataset.load_image(image_id),
+                _corners(instances),
+                masks,
+                np.array(class_ids, dtype=np.int64),
+                dataset.class_names,
+            )
+        )
+        titles.append(str(dataset.image_info[image_id]["id"]))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    columns = min(3, len(pictures))
+    visualize.display_images(pictures, titles, columns, show=False, save_path=path)
