@@ -506,7 +506,7 @@ def _fetch_and_unpack(url: str, member: str, target: Path) -> None:
     archive = target.parent / (Path(url).name + ".part")
     logger.info("downloading %s to %s", url, archive)
     try:
-        weights._fetch(url, archive, progress=training.is_main())
+        weights.fetch(url, archive, progress=training.is_main())
     except (OSError, http.client.HTTPException) as error:
         raise ConnectionError(
             f"cannot download {url} ({error}); try again, which resumes it, or unpack that file's"

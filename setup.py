@@ -143,7 +143,8 @@ def operators() -> dict[str, Any]:
 
 
 setup(
-    packages=PACKAGES,
+    packages=[*PACKAGES, "samples"],
+    package_data={"samples": ["*.pth", "*.json"]},
     include_package_data=False,
     py_modules=[name for name in MODULES if Path(f"{name}.py").is_file()],
     **operators(),

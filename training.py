@@ -395,11 +395,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.AMP == "fp16")
         self.network = model
         if world_size() > 1:
-            self.network = DistributedDataParallel(
-                model,
-                device_ids=[self.device] if self.device.type == "cuda" else None,
-                broadcast_buffers=config.TRAIN_BN,
-            )
+            device_ids = [self.device] if self.device.type == "cuda" else None
+            self.network = DistributedDataParallel(model, device_ids)
 
     def step(self, learning_rate: float) -> tuple[dict[str, float], int]:
         """Changes the weights once.

@@ -564,7 +564,7 @@ def download(name: str, folder: str | Path | None = None, progress: bool = True)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
     try:
-        _fetch(source.url, part, progress)
+        fetch(source.url, part, progress)
     except (OSError, http.client.HTTPException) as error:
         raise ConnectionError(
             f"cannot download {source.url} ({error}); try again, which resumes it, "
@@ -577,7 +577,7 @@ def download(name: str, folder: str | Path | None = None, progress: bool = True)
     return target
 
 
-def _fetch(url: str, part: Path, progress: bool) -> None:
+def fetch(url: str, part: Path, progress: bool) -> None:
     """Downloads into `part`, after what is already there."""
     from tqdm import tqdm
 

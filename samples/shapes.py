@@ -3,7 +3,7 @@
 Light, material, size and disorder of the scenes vary so much that a photograph looks like one more
 of them: the weights that ship find the coins of scikit-image's photograph, which they never saw.
 
-python samples/shapes.py train                         # on a CPU; the weights that ship, anew
+python samples/shapes.py train                         # the weights that ship, on a CPU
 python samples/shapes.py train --epochs 1 --steps 50   # a quick look at how it goes
 python samples/shapes.py train --resume                # goes on with the newest run
 python samples/shapes.py evaluate                      # the weights that ship
@@ -11,10 +11,12 @@ python samples/shapes.py evaluate --model logs/shapes.../best.pth --limit 50
 """
 
 import argparse
+import datetime
 import functools
+import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +25,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import training
 import utils
+import weights
 from config import Config
 from evaluation import evaluate_coco, evaluator
 from model import MaskRCNN
@@ -348,17 +352,44 @@ def train(args: argparse.Namespace) -> None:
     scenes = ShapesDataset(args.epochs * config.STEPS_PER_EPOCH * config.BATCH_SIZE, args.seed)
     judge = evaluator(ShapesDataset(50, HELD_OUT))
     model.train_model(scenes, None, config.LEARNING_RATE, args.epochs, "all", evaluate=judge)
-    print(f"finished: {model.log_dir}")
+    weights.save_weights(model, args.output)
+    card = describe(model, args)
+    args.output.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n")
+    print(f"finished: {args.output}, {card['coins']}, segm AP {card['segm_AP']}")
+
+
+def describe(model: MaskRCNN, args: argparse.Namespace) -> dict[str, Any]:
+    """What to know of trained weights: how they were made, and how good they are."""
+    history = training.read_history(model.log_dir) if model.log_dir else []
+    photograph, count = coins(), 200
+    found, false, overlap = compare(model.detect([photograph.image])[0], photograph)
+    result = evaluate_coco(model, ShapesDataset(count, HELD_OUT), min_confidence=0.0)
+    assert result is not None
+    return {
+        "class_names": CLASS_NAMES,
+        "config": weights.plain(model.config.to_dict()),
+        "command": f"python samples/shapes.py train --epochs {args.epochs} --steps {args.steps}"
+        f" --seed {args.seed}",
+        "data": f"generated scenes of seed {args.seed}; AP of {count} others",
+        "seed": args.seed,
+        **{name: round(value, 4) for name, value in result.metrics.items()},
+        "coins": {"found": found, "of": 24, "false": false, "mask_IoU": round(overlap, 4)},
+        "version": weights.VERSION,
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+        "minutes": round(sum(record["seconds"] for record in history) / 60, 1),
+    }
 
 
 def evaluate(args: argparse.Namespace) -> None:
     model = MaskRCNN.from_weights(args.model)
-    found, false, overlap = compare(model.detect([coins().image])[0], coins())
+    photograph = coins()
+    found, false, overlap = compare(model.detect([photograph.image])[0], photograph)
     print(f"coins: {found} of 24 found, {false} false, mean mask IoU {overlap:.3f}")
     print(evaluate_coco(model, ShapesDataset(args.limit, HELD_OUT), min_confidence=0.0))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -368,13 +399,14 @@ def main() -> None:
     command.add_argument("--steps", type=int, default=100, help="per epoch; default: 100")
     command.add_argument("--seed", type=int, default=0, help="default: 0")
     command.add_argument("--logs", default="logs", metavar="DIR", help="default: logs")
+    command.add_argument("--output", type=Path, default="shapes.pth", help="default: shapes.pth")
     command.add_argument("--resume", action="store_true", help="go on with the newest run in DIR")
     command.set_defaults(run=train)
     command = commands.add_parser("evaluate", help="COCO's AP of held-out scenes, and the coins")
     command.add_argument("--model", default=WEIGHTS, metavar="PATH", help="default: the shipped")
     command.add_argument("--limit", type=int, default=200, help="scenes; default: 200")
     command.set_defaults(run=evaluate)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         args.run(args)
