@@ -709,6 +709,8 @@ def refine_detections(
 ) -> Detections:
     """Boxes of the likeliest class of each proposal, refined, clipped and without duplicates.
 
+    With DETECTION_PER_CLASS, those of each class that is likely enough.
+
     Args:
         proposals: the rois that the classifier judged.
         class_probs: [R, K].
@@ -717,30 +719,27 @@ def refine_detections(
 
     Source: Mask R-CNN paper, section 3.1, inference.
     """
-    scores, class_ids = class_probs.max(dim=1)
-    rows = torch.arange(len(class_ids), device=class_ids.device)
+    if config.DETECTION_PER_CLASS:
+        rows, class_ids = (class_probs[:, 1:] >= config.DETECTION_MIN_CONFIDENCE).nonzero().T
+        class_ids = class_ids + 1
+    else:
+        scores, likeliest = class_probs.max(dim=1)
+        rows = ((likeliest > 0) & (scores >= config.DETECTION_MIN_CONFIDENCE)).nonzero()[:, 0]
+        class_ids = likeliest[rows]
+    scores, image_index = class_probs[rows, class_ids], proposals.image_index[rows]
     deltas = class_deltas[rows, class_ids] * class_deltas.new_tensor(config.BBOX_STD_DEV)
-    boxes = utils.apply_box_deltas(proposals.boxes, deltas)
-    boxes = utils.clip_boxes(boxes, windows[proposals.image_index])
+    boxes = utils.apply_box_deltas(proposals.boxes[rows], deltas)
+    boxes = utils.clip_boxes(boxes, windows[image_index])
 
-    confident = (class_ids > 0) & (scores >= config.DETECTION_MIN_CONFIDENCE)
-    candidates = confident.nonzero()[:, 0]
-    image_index = proposals.image_index[candidates]
-    group = image_index * config.NUM_CLASSES + class_ids[candidates]
-    keep = batched_nms(boxes[candidates], scores[candidates], group, config.DETECTION_NMS_THRESHOLD)
-    roi_index = torch.cat(
+    group = image_index * config.NUM_CLASSES + class_ids
+    keep = batched_nms(boxes, scores, group, config.DETECTION_NMS_THRESHOLD)
+    keep = torch.cat(
         [
-            candidates[keep[image_index[keep] == image]][: config.DETECTION_MAX_INSTANCES]
+            keep[image_index[keep] == image][: config.DETECTION_MAX_INSTANCES]
             for image in range(len(windows))
         ]
     )
-    return Detections(
-        boxes[roi_index],
-        class_ids[roi_index],
-        scores[roi_index],
-        proposals.image_index[roi_index],
-        roi_index,
-    )
+    return Detections(boxes[keep], class_ids[keep], scores[keep], image_index[keep], rows[keep])
 
 
 ############################################################

@@ -49,6 +49,8 @@ class NucleiConfig(Config):
     FPN_CLASSIF_FC_LAYERS_SIZE = 256
     DETECTION_MAX_INSTANCES = 256  # an image shows up to 100
     DETECTION_MIN_CONFIDENCE = 0.5
+    DETECTION_NMS_THRESHOLD = 0.5  # nuclei touch
+    DETECTION_PER_CLASS = True
 
 
 class TrainingConfig(NucleiConfig):
@@ -140,6 +142,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     )
     # Checkpoints are for training on crops; this file is for whole images.
     model.config = evaluator
+    evaluator.CLASS_NAMES = val.class_names
     output = Path(args.output)
     weights.save_weights(model, output)
     result = coco.evaluate_coco(model, val, min_confidence=0.0)

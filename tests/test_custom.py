@@ -470,7 +470,7 @@ def test_training_on_photographs_of_fruits_and_nuts(tmp_path, tiny_weights):
     assert run(*arguments) == 0
     (log_dir,) = tmp_path.glob("custom*")
     trained = weights.read_state_dict(log_dir / "mask_rcnn_custom_0001.pth")
-    assert trained.config["CLASS_NAMES"] == ["date", "fig", "hazelnut"]
+    assert trained.config["CLASS_NAMES"] == ["BG", "date", "fig", "hazelnut"]
     assert trained.config["STEPS_PER_EPOCH"] == 2  # 14 of the 18 images
 
 

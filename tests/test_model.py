@@ -184,6 +184,14 @@ def test_refine_detections_by_hand():
     found = modellib.refine_detections(Rois(boxes, index), probs, deltas, windows, config)
     assert found.roi_index.tolist() == [2, 6]
 
+    config = Config(NUM_CLASSES=3, DETECTION_MIN_CONFIDENCE=0.3, DETECTION_PER_CLASS=True)
+    found = modellib.refine_detections(Rois(boxes, index), probs, deltas, windows, config)
+    # Proposal 4 is an object of both classes now, and 5 of its second one.
+    assert found.roi_index.tolist() == [2, 0, 4, 4, 6, 5, 5]
+    assert found.class_ids.tolist() == [2, 1, 1, 2, 1, 1, 2]
+    scores = torch.tensor([0.95, 0.9, 0.4, 0.3, 0.8, 0.7, 0.3])
+    torch.testing.assert_close(found.scores, scores)
+
 
 def test_mask_head_gives_the_logits_of_the_class_asked_for(tiny):
     features = [torch.randn(1, 16, s, s) for s in (32, 16, 8, 4)]

@@ -1,0 +1,213 @@
+"""The operators winograd::conv3x3 and winograd::transform_weight: schemas, plain torch, Python."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Winograd's F(4 x 4, 3 x 3): a tile of 4 x 4 outputs is A ((G w G') * (B x B')) A' of its 6 x 6
+# inputs x. Of the points 0, +-1/sqrt(2), +-sqrt(2) and infinity, since their rounding errors are a
+# quarter of those of the usual 0, +-1 and +-2.
+_ROOT = 2**0.5
+_A = [
+    [1, 1, 1, 1, 1, 0],
+    [0, _ROOT / 2, -_ROOT / 2, _ROOT, -_ROOT, 0],
+    [0, 1 / 2, 1 / 2, 2, 2, 0],
+    [0, _ROOT / 4, -_ROOT / 4, 2 * _ROOT, -2 * _ROOT, 1],
+]
+_B = [
+    [1, 0, -5 / 2, 0, 1, 0],
+    [0, -_ROOT, -2, _ROOT / 2, 1, 0],
+    [0, _ROOT, -2, -_ROOT / 2, 1, 0],
+    [0, -_ROOT / 2, -1 / 2, _ROOT, 1, 0],
+    [0, _ROOT / 2, -1 / 2, -_ROOT, 1, 0],
+    [0, 1, 0, -5 / 2, 0, 1],
+]
+_G = [
+    [1, 0, 0],
+    [-2 / 3, -_ROOT / 3, -1 / 3],
+    [-2 / 3, _ROOT / 3, -1 / 3],
+    [1 / 6, _ROOT / 6, 1 / 3],
+    [1 / 6, -_ROOT / 6, 1 / 3],
+    [0, 0, 1],
+]
+
+
+def conv3x3(
+    input: Tensor, weight_transformed: Tensor, bias: Tensor | None = None, relu: bool = False
+) -> Tensor:
+    """F.conv2d(input, weight, bias, padding=1), and the ReLU of it, without a gradient.
+
+    The largest error is about 2e-6 of the largest output. An input that is not finite makes NaN of
+    the tiles of 4 x 4 outputs that see it, the first of which starts in the top left corner.
+
+    Args:
+        input: [B, C, H, W] float32; best channels_last, else it is copied.
+        weight_transformed: the result of transform_weight for a weight [K, C, 3, 3].
+        bias: [K] float32.
+        relu: whether negative outputs become 0.
+
+    Returns:
+        [B, K, H, W] float32, channels_last.
+
+    Raises:
+        TypeError: a tensor is not float32.
+        ValueError: the shapes or the devices do not fit.
+        RuntimeError: a gradient is asked for.
+
+    Source: Lavin and Gray 2015, arXiv:1509.09308; the points are those of ncnn.
+    """
+    tensors = {"input": input, "weight_transformed": weight_transformed}
+    if bias is not None:
+        tensors["bias"] = bias
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            # Half precision may come in under autocast; the kernels get float32.
+            raise TypeError(f"{name} must be float32, got {tensor.dtype}; use .float()")
+        if tensor.device != input.device:
+            raise ValueError(f"{name} must be on {input.device} like input, got {tensor.device}")
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"conv3x3 has no gradient, but {name} asks for one; use torch.no_grad() or F.conv2d"
+            )
+    _check_shapes(input, weight_transformed, bias)
+    return torch.ops.winograd.conv3x3(input, weight_transformed, bias, relu)
+
+
+def transform_weight(weight: Tensor) -> Tensor:
+    """The form of a weight that conv3x3 takes: made once, four times the memory.
+
+    Args:
+        weight: [K, C, 3, 3] float32; K and C are multiples of 16.
+
+    Returns:
+        [36, K / 16, C, 16] float32: for each of 6 x 6 points and 16 outputs a matrix.
+
+    Raises:
+        TypeError: weight is not float32.
+        ValueError: the shape is another one.
+    """
+    return torch.ops.winograd.transform_weight(weight)
+
+
+def is_compiled() -> tuple[str, ...]:
+    """("cpu",) if there is a compiled kernel, else empty (false): plain torch computes the same."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return ("cpu",) if has_kernel("winograd::conv3x3", "CPU") else ()
+
+
+def is_faster(input_shape: Sequence[int], weight_shape: Sequence[int]) -> bool:
+    """Whether conv3x3 of [B, C, H, W] with [K, C, 3, 3] beats F.conv2d, by a rule of thumb.
+
+    It needs the compiled kernel, 64 channels to make up for the transforms, and 8 tiles of 4 x 4
+    pixels to make up for the larger weight; see benchmarks/convolution.py.
+    """
+    batch, _, height, width = input_shape
+    tiles = batch * -(-height // 4) * -(-width // 4)
+    channels = weight_shape[:2]
+    fits = min(channels) >= 64 and not any(count % 16 for count in channels)
+    return bool(is_compiled()) and fits and tiles >= 8
+
+
+def _check_shapes(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if input.dim() != 4:
+        raise ValueError(f"input must be [B, C, H, W], got shape {tuple(input.shape)}")
+    if weight.dim() != 4 or weight.shape[0] != 36 or weight.shape[2:] != (input.shape[1], 16):
+        raise ValueError(
+            f"weight_transformed must be [36, K / 16, {input.shape[1]}, 16], as transform_weight "
+            f"makes it for the channels of input, got shape {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != (16 * weight.shape[1],):
+        raise ValueError(f"bias must be [K] = [{16 * weight.shape[1]}], got {list(bias.shape)}")
+
+
+def _empty(input: Tensor, weight: Tensor) -> Tensor:
+    batch, _, height, width = input.shape
+    return torch.empty(
+        (batch, 16 * weight.shape[1], height, width),
+        dtype=input.dtype,
+        device=input.device,
+        memory_format=torch.channels_last,
+    )
+
+
+def _conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    """The plain torch kernel: all tiles at once, as 36 matrix products."""
+    for tensor in (input, weight) if bias is None else (input, weight, bias):
+        if tensor.dtype != torch.float32:
+            raise TypeError(f"conv3x3: all tensors must be float32, got {tensor.dtype}")
+    _check_shapes(input, weight, bias)
+    output = _empty(input, weight)
+    if output.numel() == 0:
+        return output
+    height, width = input.shape[2:]
+    a, b = input.new_tensor(_A), input.new_tensor(_B)
+    # Tiles start every four pixels; the last ones may hang over the edge.
+    input = F.pad(input, (1, 1 + -width % 4, 1, 1 + -height % 4))
+    tiles = input.unfold(2, 6, 4).unfold(3, 6, 4)  # [B, C, rows, columns, 6, 6]
+    tiles = torch.einsum("pi,qj,bcrsij->pqbrsc", b, b, tiles)
+    products = tiles.flatten(0, 1).flatten(1, 3) @ weight.transpose(1, 2).flatten(2)
+    products = products.view(*tiles.shape[:-1], -1)
+    result = torch.einsum("ip,jq,pqbrsk->bkrisj", a, a, products).flatten(4, 5).flatten(2, 3)
+    result = result[:, :, :height, :width]
+    if bias is not None:
+        result = result + bias.view(-1, 1, 1)
+    return output.copy_(result.relu() if relu else result)
+
+
+def _transform_weight(weight: Tensor) -> Tensor:
+    if weight.dtype != torch.float32:
+        raise TypeError(f"transform_weight: weight must be float32, got {weight.dtype}")
+    if weight.dim() != 4 or weight.shape[2:] != (3, 3) or any(n % 16 for n in weight.shape[:2]):
+        raise ValueError(
+            "transform_weight: weight must be [K, C, 3, 3] with multiples of 16 for K and C, got "
+            f"shape {tuple(weight.shape)}; use F.conv2d for others"
+        )
+    outputs, channels = weight.shape[:2]
+    g = torch.tensor(_G, dtype=torch.float64, device=weight.device)
+    transformed = torch.einsum("pi,qj,kcij->pqkc", g, g, weight.double()).float()
+    return transformed.reshape(36, outputs // 16, 16, channels).transpose(2, 3).contiguous()
+
+
+def _fake(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    return _empty(input, weight)
+
+
+def _transform_fake(weight: Tensor) -> Tensor:
+    outputs, channels = weight.shape[:2]
+    return weight.new_empty(36, outputs // 16, channels, 16)
+
+
+def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    """Under autocast half precision becomes float32."""
+    with torch.autocast(input.device.type, enabled=False):
+        bias = None if bias is None else bias.float()
+        return torch.ops.winograd.conv3x3(input.float(), weight.float(), bias, relu)
+
+
+def _load_compiled() -> None:
+    folder = Path(__file__).parent
+    for library in [*folder.glob("_C*.so"), *folder.glob("_C*.pyd")]:
+        try:
+            torch.ops.load_library(str(library))
+        except OSError as error:
+            logging.getLogger(__name__).warning(
+                "the compiled winograd does not fit this torch, plain torch takes over; rebuild it "
+                "with `pip install -e . --no-build-isolation` (%s)",
+                error,
+            )
+
+
+_library = torch.library.Library("winograd", "FRAGMENT")
+_library.define("conv3x3(Tensor input, Tensor weight, Tensor? bias, bool relu) -> Tensor")
+_library.define("transform_weight(Tensor weight) -> Tensor")
+_library.impl("conv3x3", _conv3x3, "CompositeExplicitAutograd")
+_library.impl("transform_weight", _transform_weight, "CompositeExplicitAutograd")
+_library.impl("conv3x3", _autocast, "AutocastCPU")
+_library.impl("conv3x3", _autocast, "AutocastCUDA")
+torch.library.register_fake("winograd::conv3x3", _fake)
+torch.library.register_fake("winograd::transform_weight", _transform_fake)
+_load_compiled()
