@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import utils
 
-VERSION = 1  # of the checkpoint format
+VERSION = "1.0.0"  # of the library, as in pyproject.toml
 
 
 class Source(NamedTuple):

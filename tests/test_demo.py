@@ -86,6 +86,20 @@ def test_without_arguments_it_takes_a_photograph_at_hand(model_path, tmp_path):
     assert picture.shape == (512, 512, 3)
 
 
+def test_the_first_run_needs_no_network_and_finds_coins(tmp_path, monkeypatch, capsys):
+    def unreachable(*args, **kwargs):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
+    assert demo.main(["--output", str(tmp_path), "--json"]) == 0
+    coins, shapes = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("coins", "shapes"))
+    assert 22 <= len(coins) <= 26
+    assert {found["category_id"] for found in coins} == {1}
+    assert {found["category_id"] for found in shapes} == {1, 2, 3}
+    assert (tmp_path / "coins_detections.png").is_file()
+    assert "coins: 24 objects" in capsys.readouterr().out
+
+
 def test_checkpoints_bring_the_names_of_their_classes():
     config = TinyConfig(CLASS_NAMES=["BG", *"abcdefg"][: TinyConfig.NUM_CLASSES])
     assert demo.class_names(config)[1] == "a"

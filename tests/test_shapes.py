@@ -120,6 +120,27 @@ def test_compare_counts_by_hand():
     assert shapes.compare(result, truth) == (1, 2, 0.8)
 
 
+def test_training_leaves_weights_and_a_card(tmp_path, monkeypatch, capsys):
+    few = shapes.ShapesDataset
+    monkeypatch.setattr(shapes, "ShapesDataset", lambda count, seed: few(min(count, 2), seed))
+    monkeypatch.setattr(shapes.ShapesConfig, "NUM_WORKERS", 0)
+    output = tmp_path / "new.pth"
+    options = [f"--logs={tmp_path}", f"--output={output}", "--seed=3"]
+    shapes.main(["train", "--epochs=1", "--steps=1", *options])
+    card = json.loads(output.with_suffix(".json").read_text())
+    assert card["command"] == "python samples/shapes.py train --epochs 1 --steps 1 --seed 3"
+    assert (card["seed"], card["coins"]["of"], card["config"]["SEED"]) == (3, 24, 3)
+    assert card["config"]["CLASS_NAMES"] == shapes.CLASS_NAMES
+    first = weights.read_state_dict(output).state_dict
+    # The run is over, so to resume it changes nothing.
+    shapes.main(["train", "--epochs=1", "--steps=1", "--resume", *options])
+    for key, tensor in weights.read_state_dict(output).state_dict.items():
+        assert tensor.equal(first[key])
+    capsys.readouterr()
+    shapes.main(["evaluate", f"--model={output}", "--limit=2"])
+    assert "of 24 found" in capsys.readouterr().out
+
+
 def test_shipped_weights_find_the_coins_of_a_photograph():
     model = MaskRCNN.from_weights(shapes.WEIGHTS)
     found, false, overlap = shapes.compare(model.detect([data.coins()])[0], shapes.coins())

@@ -388,7 +388,7 @@ def test_own_checkpoint_round_trip(tmp_path, source, target):
     assert_state(target, source.state_dict())
     assert report.format == "checkpoint"
     data = torch.load(path, weights_only=True)
-    assert data["version"] == 1
+    assert data["version"] == weights.VERSION
     config = data["config"]
     assert config["NUM_CLASSES"] == 4
     assert config["BACKBONE"] == {"blocks": [1, 1, 1, 1], "width": 4}
