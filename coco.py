@@ -607,20 +607,11 @@ def model_file(args: argparse.Namespace) -> Path | None:
     """The file behind --model, in all processes after the main one has found or fetched it."""
     path = None
     if training.is_main() and args.model == "last":
-        path = newest_checkpoint(args.logs).path
+        checkpoints = training.find_checkpoints(args.logs, CocoConfig.NAME)
+        path = training.first_readable(checkpoints).path
     elif training.is_main() and args.model != "random":
         path = weights.find_weights(args.model, args.backbone or CocoConfig.BACKBONE)
     return training.from_main(path)
-
-
-def newest_checkpoint(logs: str) -> weights.WeightFile:
-    paths = training.find_checkpoints(logs, CocoConfig.NAME)
-    for path in paths:
-        try:
-            return weights.read_state_dict(path)
-        except ValueError as error:
-            logger.warning("%s; trying the checkpoint before", error)
-    raise ValueError(f"none of the checkpoints can be read: {', '.join(map(str, paths))}")
 
 
 def model_to_train(
@@ -881,7 +872,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"coco.py: interrupted: {interrupt}".rstrip(": "), file=sys.stderr)
         return 130
     except EXPECTED as error:
-        message = next(iter(str(error).splitlines()), type(error).__name__)
+        lines = str(error).splitlines() or [type(error).__name__]
+        # What comes from a worker begins with a title and a traceback, and ends with the message.
+        message = lines[-1] if lines[0].startswith("Caught ") else lines[0]
         print(f"coco.py: {message}", file=sys.stderr)
         return 2
     return 0

@@ -96,9 +96,10 @@ def distributed(device: str | None = None) -> Iterator[torch.device]:
     """
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if several and chosen.type == "cuda":
-        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if chosen.type == "cuda":
+        chosen = torch.device(
+            "cuda", int(os.environ["LOCAL_RANK"]) if several else chosen.index or 0
+        )
         torch.cuda.set_device(chosen)
     if several:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
@@ -154,7 +155,8 @@ class Run:
         step: finished steps of the epoch that follows.
         totals: sums of losses and seconds over these steps.
         record: what training tells of the last finished epoch, see fit.
-        state: of a resumed run, what else its checkpoint holds for the stage that it was in.
+        state: of a run that was resumed or interrupted, what else its checkpoint holds for the
+            stage that it was in.
     """
 
     log_dir: Path | None = None
@@ -185,40 +187,43 @@ def find_checkpoints(model_dir: str | Path, name: str) -> list[Path]:
 def checkpoints_in(folder: Path) -> list[Path]:
     """Checkpoints of a run, the newest first."""
     pattern = re.compile(r"mask_rcnn_.*_(\d{4,})(?:-(\d+))?\.pth")  # -step: an interrupted epoch
-    found = {
-        (int(match[1]), int(match[2] or 0)): path
+    found = [
+        (int(match[1]), int(match[2] or 0), path)
         for path in folder.iterdir()
         if (match := pattern.fullmatch(path.name))
-    }
-    return [path for _, path in sorted(found.items(), reverse=True)]
+    ]
+    return [path for _, _, path in sorted(found, reverse=True)]
 
 
-def resume(model: nn.Module, run: Run, paths: Sequence[Path]) -> Path:
-    """Loads the first checkpoint that can be read, warns about those that cannot, and returns it.
+def first_readable(paths: Sequence[Path]) -> weights.WeightFile:
+    """The first checkpoint that can be read; warns about those before it.
 
     Raises:
         ValueError: none can be read.
     """
     for path in paths:
         try:
-            file = weights.read_state_dict(path)
+            return weights.read_state_dict(path)
         except ValueError as error:
             logger.warning("%s; trying the checkpoint before", error)
-            continue
-        weights.load_weights(model, file, verbose=False)
-        state = file.training
-        run.log_dir, run.step, run.totals, run.record, run.state = path.parent, 0, {}, {}, None
-        if state is None:
-            match = re.search(r"_(\d{4,})\.pth$", path.name)
-            run.epoch = int(match[1]) if match else 0
-            logger.warning("%s holds weights alone: the optimizer starts anew", path)
-        else:
-            run.epoch, run.step = state["epoch"], state["step"]
-            run.totals, run.state = state["totals"], state
-            judged = {record["epoch"] for record in read_history(path.parent)}
-            run.record = {} if run.epoch in judged else state["record"]
-        return path
     raise ValueError(f"none of the checkpoints can be read: {', '.join(map(str, paths))}")
+
+
+def resume(model: nn.Module, run: Run, paths: Sequence[Path]) -> Path:
+    """Loads the first checkpoint that can be read, and returns it."""
+    file = first_readable(paths)
+    weights.load_weights(model, file, verbose=False)
+    path, state = file.path, file.training
+    run.log_dir, run.step, run.totals, run.record, run.state = path.parent, 0, {}, {}, state
+    if state is None:
+        match = re.search(r"_(\d{4,})\.pth$", path.name)
+        run.epoch = int(match[1]) if match else 0
+        logger.warning("%s holds weights alone: the optimizer starts anew", path)
+    else:
+        run.epoch, run.step, run.totals = state["epoch"], state["step"], state["totals"]
+        judged = {record["epoch"] for record in read_history(path.parent)}
+        run.record = {} if run.epoch in judged else state["record"]
+    return path
 
 
 def random_states() -> dict[str, Any]:
@@ -238,6 +243,17 @@ def set_random_states(states: dict[str, Any]) -> None:
     name, keys, *rest = states["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     random.setstate(states["python"])
+
+
+@contextlib.contextmanager
+def chance_of_its_own(seed: int) -> Iterator[None]:
+    """Inside, torch draws from a seed; afterwards all goes on as if nothing had been drawn."""
+    states = random_states()
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        set_random_states(states)
 
 
 # --- Logs ----------------------------------------------------------------------------------------
@@ -298,39 +314,45 @@ class Log:
         self.records.append(record)
         if not is_main():
             return
-        self._write()
-        self.scalars({f"epoch/{k}": v for k, v in record.items() if k != "epoch"}, step)
-        if self.epochs_since_best() == 0 and checkpoint.is_file():
-            link(checkpoint, self.folder / "best.pth")
-        if len(self.records) > 1:
-            self._plot()
+        try:
+            self._write()
+            self.scalars({f"epoch/{k}": v for k, v in record.items() if k != "epoch"}, step)
+            if self.epochs_since_best() == 0 and checkpoint.is_file():
+                link(checkpoint, self.folder / "best.pth")
+            if len(self.records) > 1:
+                self._plot()
+        except OSError as error:  # as on a full disk; the next epoch writes all records anew
+            logger.error("the logs of epoch %d could not be written: %s", record["epoch"], error)
 
     def epochs_since_best(self) -> int:
-        """Epochs since that of the highest segm_AP, or lowest val_loss where that is missing."""
-        scores = [score(record) for record in self.records]
-        judged = [value for value in scores if value is not None]
-        return len(scores) - 1 - scores.index(max(judged)) if judged else 0
+        """Epochs since that of the highest segm_AP, or of the lowest val_loss if none has one."""
+        scores = self._scores()
+        best = max(scores)
+        return 0 if best == -math.inf else len(scores) - 1 - scores.index(best)
+
+    def is_judged(self) -> bool:
+        """Whether the last epoch has a score, so that epochs_since_best may end the training."""
+        return self._scores()[-1] > -math.inf
+
+    def _scores(self) -> list[float]:
+        """Of each epoch, the more the better; minus infinity for those without a score."""
+        if any("segm_AP" in record for record in self.records):
+            return [record.get("segm_AP", -math.inf) for record in self.records]
+        return [-record.get("val_loss", math.inf) for record in self.records]
 
     def _plot(self) -> None:
         import visualize  # matplotlib is not needed to train
 
-        names = [name for name in self.records[-1] if f"val_{name}" in self.records[-1]]
-        if names:
-            train, valid = (
-                [[record.get(prefix + name, math.nan) for name in names] for record in self.records]
-                for prefix in ("", "val_")
-            )
-            visualize.plot_loss(train, valid, log_dir=self.folder, names=names)
+        names = [n for n in self.records[-1] if n.endswith("loss") and not n.startswith("val_")]
+        train, valid = (
+            [[record.get(prefix + name, math.nan) for name in names] for record in self.records]
+            for prefix in ("", "val_")
+        )
+        visualize.plot_loss(train, valid, log_dir=self.folder, names=names)
 
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
-
-
-def score(record: Record) -> float | None:
-    """How good the weights after an epoch are: the more the better, None if that was not asked."""
-    value = record.get("segm_AP", -record.get("val_loss", math.nan))
-    return value if math.isfinite(value) else None
 
 
 def link(source: Path, target: Path) -> None:
@@ -455,7 +477,8 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty if AMP was not "fp16"
+            self.scaler.load_state_dict(state["scaler"])
 
 
 @torch.no_grad()
@@ -467,8 +490,7 @@ def validate(model: nn.Module, loader: DataLoader[dict[str, Any]], config: Confi
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.random.fork_rng(), autocast(device, config):
-            torch.manual_seed(config.SEED)
+        with chance_of_its_own(config.SEED), autocast(device, config):
             for batch in itertools.islice(loader, config.VALIDATION_STEPS):
                 losses = model(*split_batch(batch))
                 mean = average(torch.stack(list(losses.values()))).tolist()
@@ -514,18 +536,18 @@ class Interrupts:
 
 def train_epoch(
     trainer: Trainer, run: Run, stage: dict[str, Any], log: Log, interrupts: Interrupts
-) -> bool:
-    """Trains to the end of the epoch, or until an interrupt: then it returns False."""
+) -> None:
+    """Trains to the end of the epoch, or until an interrupt."""
     config = trainer.config
     steps = config.STEPS_PER_EPOCH
-    stage_steps = (stage["epochs"] - stage["start"]) * steps
+    first, last = stage["start"] * steps, stage["epochs"] * steps
     totals = Counter(run.totals)
     title = f"epoch {run.epoch + 1}/{stage['epochs']}"
     with tqdm(total=steps, initial=run.step, desc=title, disable=not is_main()) as bar:
         while run.step < steps:
             start = time.perf_counter()
-            done = (run.epoch - stage["start"]) * steps + run.step
-            rate = stage["learning_rate"] * rate_factor(done, stage_steps, config)
+            done = run.epoch * steps + run.step
+            rate = stage["learning_rate"] * rate_factor(done - first, last - first, config)
             losses, images = trainer.step(rate)
             seconds = time.perf_counter() - start
             run.step += 1
@@ -538,7 +560,7 @@ def train_epoch(
             bar.set_postfix_str(f"{speed:.1f} images/s, " + ", ".join(short), refresh=False)
             bar.update()
             if run.step < steps and interrupts.anywhere(trainer.device):
-                return False
+                return
     run.record = {
         "epoch": run.epoch + 1,
         "steps": steps,
@@ -549,7 +571,6 @@ def train_epoch(
         **means,
     }
     run.epoch, run.step, run.totals = run.epoch + 1, 0, {}
-    return not interrupts.anywhere(trainer.device)
 
 
 def checkpoint_path(run: Run, config: Config) -> Path:
@@ -562,10 +583,8 @@ def save_checkpoint(
     model: nn.Module, config: Config, run: Run, stage: dict[str, Any], trainer: Trainer
 ) -> str:
     """Writes the state of a run; returns what went wrong, as on a full disk, instead of raising."""
-    if not is_main():
-        return ""
     path = checkpoint_path(run, config)
-    state = {
+    run.state = {
         "epoch": run.epoch,
         "step": run.step,
         "totals": run.totals,
@@ -574,14 +593,20 @@ def save_checkpoint(
         "random": random_states(),
         **trainer.state_dict(),
     }
+    if not is_main():
+        return ""
     try:
-        weights.save_weights(model, path, training=state)
+        weights.save_weights(model, path, training=run.state)
     except (OSError, RuntimeError) as error:
         message = f"{path} could not be written: {error}; the checkpoint before it is still there"
         logger.error("%s", message)
         return message
-    for old in checkpoints_in(path.parent)[config.KEEP_CHECKPOINTS :]:
-        old.unlink()
+    found = checkpoints_in(path.parent)
+    place = found.index(path)
+    for later in found[:place]:  # of a course that was given up: this one began before them
+        later.replace(later.with_suffix(".old"))
+    for old in found[place + config.KEEP_CHECKPOINTS :]:
+        old.unlink(missing_ok=True)
     return ""
 
 
@@ -601,9 +626,19 @@ def fit(
 ) -> None:
     """One stage of a run: MaskRCNN.train_model, which has made `layers` trainable, says more."""
     run.record = from_main(run.record)
-    if run.epoch >= epochs and not run.record:
+    before: dict[str, Any] = (
+        {"layers": None, "start": 0} if run.state is None else run.state["stage"]
+    )
+    # A stage that ended early is over, if the checkpoint is of one that followed it.
+    over = before["start"] > 0 and before["layers"] != layers and epochs < before["epochs"]
+    if over or run.epoch > epochs or (run.epoch == epochs and not run.record):
         logger.info("epoch %d of %d is done: nothing to train", run.epoch, epochs)
         return
+    if run.step >= config.STEPS_PER_EPOCH:
+        raise ValueError(
+            f"STEPS_PER_EPOCH must be above {run.step}, the steps that the interrupted epoch has,"
+            f" got {config.STEPS_PER_EPOCH}; go on with as many as before"
+        )
     if run.log_dir is None:
         now = datetime.datetime.now().strftime("%Y%m%dT%H%M%S")
         run.log_dir = from_main(Path(model_dir) / f"{config.NAME.lower()}{now}")
@@ -618,14 +653,13 @@ def fit(
     done = run.epoch * config.STEPS_PER_EPOCH + run.step
     batches = endless(train_loader, done * config.GRADIENT_ACCUMULATION)
     trainer = Trainer(model, config, batches, data.describe)
-    stage = {"layers": layers, "learning_rate": learning_rate, "epochs": epochs, "start": run.epoch}
+    start = run.epoch
     if run.state is not None:
         set_random_states(run.state["random"])
-        before = run.state["stage"]
         if before["layers"] == layers and run.epoch < before["epochs"]:
-            stage["start"] = before["start"]
+            start = before["start"]
             trainer.load_state_dict(run.state)
-        run.state = None
+    stage = {"layers": layers, "learning_rate": learning_rate, "epochs": epochs, "start": start}
 
     log = Log(run.log_dir, run, config)
     fault = ""
@@ -636,30 +670,40 @@ def fit(
                 if val_loader is not None:
                     record |= validate(model, val_loader, config)
                 if evaluate and (run.epoch % config.EVALUATE_EVERY == 0 or run.epoch >= epochs):
-                    record |= from_main(evaluate(model))
+                    with chance_of_its_own(config.SEED):
+                        scores = from_main(evaluate(model))
+                    record |= {name: float(value) for name, value in scores.items()}
+                # An AP is NaN where there are no objects, and JSON has no word for that.
+                record = {name: value for name, value in record.items() if math.isfinite(value)}
                 run.record = {}
                 log.add(record, checkpoint_path(run, config), run.epoch * config.STEPS_PER_EPOCH)
-                if from_main(wants_to_stop(log, config, callbacks)):
+                if from_main(wants_to_stop(log, config, callbacks, run.epoch - start)):
                     break
             if run.epoch >= epochs:
                 break
+            run.state = None
             with Interrupts() as interrupts:
-                finished = train_epoch(trainer, run, stage, log, interrupts)
+                train_epoch(trainer, run, stage, log, interrupts)
                 fault = save_checkpoint(model, config, run, stage, trainer)
-            if not finished:
+                interrupted = interrupts.anywhere(trainer.device)
+            if interrupted:
                 raise KeyboardInterrupt(fault or f"saved {checkpoint_path(run, config)}")
+        run.state = None
     finally:
         log.close()
     if fault:
         raise OSError(fault)
 
 
-def wants_to_stop(log: Log, config: Config, callbacks: Sequence[Callback]) -> bool:
+def wants_to_stop(
+    log: Log, config: Config, callbacks: Sequence[Callback], stage_epochs: int
+) -> bool:
+    """Whether a callback says so, or the best epoch is too old; each stage has its patience."""
     if not is_main():
         return False
-    stale = log.epochs_since_best()
-    if config.EARLY_STOPPING is not None and stale >= config.EARLY_STOPPING:
+    answers = [callback(log.records[-1]) for callback in callbacks]
+    stale = min(log.epochs_since_best(), stage_epochs)
+    if config.EARLY_STOPPING is not None and log.is_judged() and stale >= config.EARLY_STOPPING:
         logger.info("no improvement in %d epochs: the training stops", stale)
         return True
-    answers = [callback(log.records[-1]) for callback in callbacks]
     return True in answers

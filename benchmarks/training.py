@@ -92,6 +92,8 @@ def make_ours(
     model = modellib.MaskRCNN(config)
     scale_down(model.fpn)
     model.set_trainable(args.layers)
+    for part in (model.fpn, model.rpn, model.mask):  # as train_model does
+        part.to(memory_format=torch.channels_last)
 
     def loss(i: int) -> Tensor:
         batch = batches[i]

@@ -14,6 +14,7 @@ from PIL import Image
 from skimage.draw import polygon
 
 import utils
+from coco import upright_size
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class DrawnDataset(utils.Dataset):
                 if name not in names:
                     raise ValueError(f"{where} must be of a class in {names}, got {name!r}")
             instances = [(names.index(name) + 1, drawings) for name, drawings, _ in objects]
-            self.add_image("custom", path.name, path, shape=upright_shape(path), objects=instances)
+            self.add_image("custom", path.name, path, shape=upright_size(path), objects=instances)
 
     def read(
         self, images: Path, annotations: Path, attribute: str | None
@@ -234,11 +235,3 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path} is not json ({error}); export the annotations as json") from error
-
-
-def upright_shape(path: Path) -> tuple[int, int]:
-    """Height and width of an image as utils.load_image reads it, without decoding it."""
-    with Image.open(path) as image:
-        width, height = image.size
-        lies = image.getexif().get(0x0112) in (5, 6, 7, 8)  # its orientation
-    return (width, height) if lies else (height, width)

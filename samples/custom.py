@@ -72,10 +72,11 @@ def make_model(args: argparse.Namespace, **options: Any) -> modellib.MaskRCNN:
     """A model that fits the weight file; options of the config win over those of the file."""
     file = None
     if args.model not in ("none", "imagenet"):
-        path = args.model
-        if path == "last":
-            path = training.find_checkpoints(args.logs, CustomConfig.NAME)[0]
-        file = weights.read_state_dict(weights.find_weights(path))
+        file = (
+            training.first_readable(training.find_checkpoints(args.logs, CustomConfig.NAME))
+            if args.model == "last"
+            else weights.read_state_dict(weights.find_weights(args.model))
+        )
         known = {k: v for k, v in weights.read_options(file).items() if hasattr(CustomConfig, k)}
         options = {**known, "NAME": CustomConfig.NAME, **options}
     model = modellib.MaskRCNN(CustomConfig(**options), args.logs)
@@ -91,7 +92,7 @@ def train(args: argparse.Namespace, device: torch.device) -> utils.Dataset:
         val = load(args, args.val_annotations, data.class_names[1:])
     else:
         data, val = split(data, args.SEED)
-    batch = args.IMAGES_PER_GPU * training.world_size()
+    batch = max(args.IMAGES_PER_GPU, 1) * training.world_size()  # Config refuses what is less
     options = {k: v for k, v in vars(args).items() if k.isupper() and v is not None}
     if args.image_dim is not None:
         options |= {"IMAGE_MIN_DIM": args.image_dim, "IMAGE_MAX_DIM": args.image_dim}
@@ -153,7 +154,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, TypeError, ValueError, RuntimeError) as error:
         print(f"custom.py: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        reason = str(interrupt) or "interrupted"
+        print(f"custom.py: {reason}; go on with --model last", file=sys.stderr)
         return 130
     return 0
 

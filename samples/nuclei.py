@@ -8,6 +8,7 @@ are of the 2018 Data Science Bowl (BBBC038, Caicedo et al. 2019, doi:10.1038/s41
 """
 
 import argparse
+import datetime
 import json
 import logging
 import math
@@ -147,15 +148,20 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     weights.save_weights(model, output)
     result = coco.evaluate_coco(model, val, min_confidence=0.0)
     if result is not None:
+        history = training.read_history(model.log_dir) if model.log_dir else []
         card = {
             "class_names": val.class_names,
             "config": weights.plain(evaluator.to_dict()),
             "command": f"python samples/nuclei.py train --epochs {args.epochs} --steps {args.steps}"
             f" --seed {args.seed}",
-            "data": "BBBC038, 2018 Data Science Bowl, fluorescence images, CC0",
+            "data": "BBBC038, 2018 Data Science Bowl, fluorescence images, CC0;"
+            f" AP of {result.images} validation images",
             "seed": args.seed,
             **{name: round(value, 4) for name, value in result.metrics.items()},
             "version": weights.VERSION,
+            "torch": torch.__version__,
+            "date": datetime.date.today().isoformat(),
+            "minutes": round(sum(record["seconds"] for record in history) / 60, 1),
         }
         output.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n")
         print(f"{output}: {result}")
@@ -165,7 +171,8 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     data = load(args.dataset, "val")
     path: Path = WEIGHTS if args.model is None else Path(args.model)
     if args.model == "last":
-        path = training.find_checkpoints(args.logs, NucleiConfig.NAME)[0]
+        checkpoints = training.find_checkpoints(args.logs, NucleiConfig.NAME)
+        path = training.first_readable(checkpoints).path
     side = {name: getattr(NucleiConfig, name) for name in ("IMAGE_MIN_DIM", "IMAGE_MAX_DIM")}
     model = modellib.MaskRCNN.from_weights(path, **side).to(device)
     print(coco.evaluate_coco(model, data, min_confidence=0.0))
@@ -195,7 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, TypeError, ValueError, RuntimeError) as error:
         print(f"nuclei.py: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        print(f"nuclei.py: interrupted: {interrupt}".rstrip(": "), file=sys.stderr)
         return 130
     return 0
 

@@ -1,5 +1,6 @@
 """Annotation files of all kinds, the download, and the command line as a person uses it."""
 
+import argparse
 import contextlib
 import gc
 import http.server
@@ -717,10 +718,22 @@ def test_a_damaged_last_checkpoint_is_passed_over(checkpoint, layout, tmp_path):
     content = checkpoint.read_bytes()
     (folder / "mask_rcnn_coco_0001.pth").write_bytes(content)
     (folder / "mask_rcnn_coco_0002.pth").write_bytes(content[: len(content) // 2])
-    assert coco.newest_checkpoint(tmp_path / "logs").path == folder / "mask_rcnn_coco_0001.pth"
+    args = argparse.Namespace(model="last", logs=tmp_path / "logs")
+    assert coco.model_file(args) == folder / "mask_rcnn_coco_0001.pth"
     (folder / "mask_rcnn_coco_0001.pth").unlink()
     with pytest.raises(ValueError, match="none of the checkpoints can be read: .*0002.pth"):
-        coco.newest_checkpoint(tmp_path / "logs")
+        coco.model_file(args)
+
+
+def test_an_image_that_a_worker_cannot_read_is_named_in_one_line(checkpoint, tmp_path, capsys):
+    standard_layout(tmp_path, "train", images="train", ids=(1,))
+    standard_layout(tmp_path, "val", ids=(5,))
+    (image,) = (tmp_path / "train2017").iterdir()
+    image.write_bytes(b"no picture")
+    run = ["train", f"--dataset={tmp_path}", f"--model={checkpoint}", "--device=cpu", "--workers=1"]
+    assert coco.main([*run, "--steps=1", "--epochs=1", f"--logs={tmp_path / 'logs'}"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"coco.py: ValueError: image coco.1 ({image}) cannot be used")
 
 
 class Recorder:

@@ -462,6 +462,15 @@ def test_going_on_from_the_last_checkpoint(folder, tiny_weights):
     assert [record["epoch"] for record in history] == [1, 2]
 
 
+def test_an_interrupt_says_how_to_go_on(folder, tiny_weights, capsys, monkeypatch):
+    def press(*arguments):
+        raise KeyboardInterrupt("saved x.pth")
+
+    monkeypatch.setattr(custom, "train", press)
+    assert run(folder, tiny_weights, "train", "--annotations", "a.json") == 130
+    assert capsys.readouterr().err == "custom.py: saved x.pth; go on with --model last\n"
+
+
 @needs_shared
 def test_training_on_photographs_of_fruits_and_nuts(tmp_path, tiny_weights):
     fruits = SHARED / "data" / "fruits_nuts"
@@ -481,6 +490,7 @@ def test_training_on_photographs_of_fruits_and_nuts(tmp_path, tiny_weights):
         (("--format", "via", "--annotations", "coco.json"), "is not of VIA 1 or 2; check --format"),
         (("--annotations", "coco.json", "--model", "gone.pth"), "gone.pth"),
         (("--annotations", "coco.json", "--image-dim", "100"), "multiple of 64"),
+        (("--annotations", "coco.json", "--batch", "0"), "IMAGES_PER_GPU must be a whole number"),
         (("--annotations", "coco.json", "--epochs", "0", "0"), "--epochs must ask for one"),
     ],
 )
