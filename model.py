@@ -26,11 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fused
 import training
 import utils
 import weights
 from config import Config
 from dataset import Augmentation
+from fused import convolve
 from nms import batched_nms, nms
 from roialign import crop_and_resize
 
@@ -109,6 +111,14 @@ class BatchNorm2d(nn.BatchNorm2d):
     _load_from_state_dict = nn.Module._load_from_state_dict
 
 
+class Convolution(nn.Sequential):
+    """A convolution and, if there is one, its BatchNorm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        modules: list[Any] = list(self)
+        return convolve(modules[0], x, *modules[1:])
+
+
 class Bottleneck(nn.Module):
     """1 x 1, 3 x 3 and 1 x 1 convolution around a shortcut; four times `width` channels out."""
 
@@ -123,15 +133,28 @@ class Bottleneck(nn.Module):
         self.bn3 = BatchNorm2d(out_channels)
         self.downsample: nn.Module | None = None
         if stride != 1 or in_channels != out_channels:
-            self.downsample = nn.Sequential(
+            self.downsample = Convolution(
                 nn.Conv2d(in_channels, out_channels, 1, stride=stride), BatchNorm2d(out_channels)
             )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, overwrite: bool = False) -> Tensor:
+        """overwrite: whether the result may take the place of x."""
         shortcut = x if self.downsample is None else self.downsample(x)
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
-        return F.relu(self.bn3(self.conv3(x)) + shortcut, inplace=True)
+        overwrite = overwrite or shortcut is not x
+        x = convolve(self.conv1, x, self.bn1, relu=True)
+        x = convolve(self.conv2, x, self.bn2, relu=True, winograd=False)
+        return convolve(self.conv3, x, self.bn3, relu=True, add=shortcut, overwrite=overwrite)
+
+
+class Stage(nn.Sequential):
+    """Blocks of one size, which may write over the output of the one before."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        overwrite = False
+        for block in self:
+            x = block(x, overwrite) if isinstance(block, Bottleneck) else block(x)
+            overwrite = isinstance(block, Bottleneck) and not block._forward_hooks
+        return x
 
 
 class StemPool(nn.MaxPool2d):
@@ -165,7 +188,7 @@ def resnet(blocks: Sequence[int], width: int = 64, in_channels: int = 3) -> list
         for block in range(count):
             layers.append(Bottleneck(channels, stage_width, 2 if stage > 0 and block == 0 else 1))
             channels = 4 * stage_width
-        stages.append(nn.Sequential(*layers))
+        stages.append(Stage(*layers))
     return stages
 
 
@@ -204,7 +227,7 @@ class FPN(nn.Module):
         def smooth() -> nn.Module:
             # Upstream: a padding layer came first, hence the key P2_conv2.1.weight.
             conv = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-            return nn.Sequential(OrderedDict({"1": conv}))
+            return Convolution(OrderedDict({"1": conv}))
 
         self.P5_conv1, self.P5_conv2 = nn.Conv2d(c5, out_channels, 1), smooth()
         self.P4_conv1, self.P4_conv2 = nn.Conv2d(c4, out_channels, 1), smooth()
@@ -233,14 +256,20 @@ class FPN(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """P2..P6 of normalised images [B, C, H, W], whose sides are multiples of 64."""
         c2, c3, c4, c5 = self.bottom_up(images)
-        p5 = self.P5_conv1(c5)
-        p4 = self.P4_conv1(c4) + F.interpolate(p5, scale_factor=2.0)
-        p3 = self.P3_conv1(c3) + F.interpolate(p4, scale_factor=2.0)
-        p2 = self.P2_conv1(c2) + F.interpolate(p3, scale_factor=2.0)
+        p5 = convolve(self.P5_conv1, c5)
+        p4 = self._merge(self.P4_conv1, c4, p5)
+        p3 = self._merge(self.P3_conv1, c3, p4)
+        p2 = self._merge(self.P2_conv1, c2, p3)
+        del c2, c3, c4, c5
         p2, p3 = self.P2_conv2(p2), self.P3_conv2(p3)
         p4, p5 = self.P4_conv2(p4), self.P5_conv2(p5)
         p6 = p5[:, :, ::2, ::2]  # for the largest anchors only
         return p2, p3, p4, p5, p6
+
+    @staticmethod
+    def _merge(lateral: nn.Conv2d, c: Tensor, above: Tensor) -> Tensor:
+        above = F.interpolate(above, scale_factor=2.0)
+        return convolve(lateral, c, add=above, overwrite=True)
 
 
 ############################################################
@@ -262,17 +291,19 @@ class RPN(nn.Module):
         self, in_channels: int, channels: int, anchors_per_cell: int, anchor_stride: int
     ) -> None:
         super().__init__()
-        self.conv_shared = nn.Conv2d(in_channels, channels, 3, stride=anchor_stride)
+        padding = 1 if anchor_stride == 1 else 0  # then same_pad depends on the size
+        self.conv_shared = nn.Conv2d(in_channels, channels, 3, anchor_stride, padding)
         self.conv_class = nn.Conv2d(channels, 2 * anchors_per_cell, 1)
         self.conv_bbox = nn.Conv2d(channels, 4 * anchors_per_cell, 1)
 
     def forward(self, x: Tensor) -> RPNOutput:
         """Logits and deltas of the anchors of a map [B, C, h, w], in the order of the anchors."""
-        x = F.relu(self.conv_shared(same_pad(x, self.conv_shared)), inplace=True)
+        conv = self.conv_shared
+        x = convolve(conv, x if conv.stride == (1, 1) else same_pad(x, conv), relu=True)
         batch = x.shape[0]
         return RPNOutput(
-            self.conv_class(x).permute(0, 2, 3, 1).reshape(batch, -1, 2),
-            self.conv_bbox(x).permute(0, 2, 3, 1).reshape(batch, -1, 4),
+            convolve(self.conv_class, x).permute(0, 2, 3, 1).reshape(batch, -1, 2),
+            convolve(self.conv_bbox, x).permute(0, 2, 3, 1).reshape(batch, -1, 4),
         )
 
     def at(
@@ -445,15 +476,21 @@ class Mask(nn.Module):
     ) -> Tensor:
         """Logits [R, M, M] of the class class_ids [R] of each roi in P2..P5."""
         x = pyramid_roi_align(features, rois, self.pool_size, image_shape)
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        x = F.relu(self.bn2(self.conv2(x)), inplace=True)
-        x = F.relu(self.bn3(self.conv3(x)), inplace=True)
-        x = F.relu(self.bn4(self.conv4(x)), inplace=True)
-        x = F.relu(self.deconv(x), inplace=True)
+        x = convolve(self.conv1, x, self.bn1, relu=True)
+        x = convolve(self.conv2, x, self.bn2, relu=True)
+        x = convolve(self.conv3, x, self.bn3, relu=True)
+        x = convolve(self.conv4, x, self.bn4, relu=True)
+        # deconv as the matrix product it is, since each output sees one input.
+        assert self.deconv.bias is not None
+        weight = self.deconv.weight.permute(2, 3, 1, 0).flatten(0, 2)  # [2 * 2 * C, C]
+        x = F.linear(x.permute(0, 2, 3, 1), weight, self.deconv.bias.repeat(4))
+        x = F.relu(x, inplace=True).unflatten(3, (4, -1))  # [R, P, P, 2 * 2, C]
         # conv5 for the wanted class of each roi only, one of K.
         weight = self.conv5.weight[class_ids].flatten(1)  # [R, C]
         assert self.conv5.bias is not None
-        return torch.einsum("rchw,rc->rhw", x, weight) + self.conv5.bias[class_ids, None, None]
+        logits = (x.flatten(1, 3) @ weight[:, :, None]).view(*x.shape[:3], 2, 2)
+        logits = logits.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        return logits + self.conv5.bias[class_ids, None, None]
 
 
 ############################################################
@@ -818,11 +855,25 @@ class MaskRCNN(nn.Module):
     def train(self, mode: bool = True) -> "MaskRCNN":
         """Training mode, in which BatchNorm stays frozen unless config.TRAIN_BN."""
         super().train(mode)
+        if mode:
+            fused.drop(self)
         if mode and not self.config.TRAIN_BN:
             for module in self.modules():
                 if isinstance(module, nn.BatchNorm2d):
                     module.eval()
         return self
+
+    def _apply(self, *arguments: Any, **options: Any) -> "MaskRCNN":
+        """What to(), double() and the like come down to."""
+        fused.drop(self)
+        return super()._apply(*arguments, **options)
+
+    def optimize_for_inference(self) -> None:
+        """Makes detection in float32 on a CPU faster; CPU_WINOGRAD has predict() call it.
+
+        Nothing else changes: weights may still be loaded, changed and trained. See fused.py.
+        """
+        fused.prepare(self)
 
     def set_trainable(self, layers: str) -> int:
         r"""Lets training change the chosen layers and no others.
@@ -995,6 +1046,8 @@ class MaskRCNN(nn.Module):
         self.train()
         for part in (self.fpn, self.rpn, self.mask):  # a fifth faster than contiguous weights
             part.to(memory_format=torch.channels_last)
+        if self.config.COMPILE:
+            self.fpn.compile()
         training.fit(
             self,
             self.config,
@@ -1087,6 +1140,7 @@ class MaskRCNN(nn.Module):
                 raise ValueError("training mode needs targets; call model.eval() to predict")
             whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=self.device)
             return self.predict(images, whole.expand(len(images), 4))
+        fused.drop(self)  # whoever detected before, losses do not depend on it
         config, image_shape = self.config, images.shape[2:]
         features = self.fpn(self.normalize(images))
         with torch.no_grad():
@@ -1155,6 +1209,8 @@ class MaskRCNN(nn.Module):
             images: [B, C, H, W] uint8, sides multiples of 64, on the model's device.
             windows: [B, 4] float32, unit frame, the part of each that shows the image.
         """
+        if self.config.CPU_WINOGRAD and self.device.type == "cpu":
+            self.optimize_for_inference()
         image_shape = images.shape[2:]
         *features, p6 = self.fpn(self.normalize(images))
         rpn, proposals = self.propose([*features, p6], image_shape)

@@ -20,6 +20,7 @@ MODULES = [
     "config",
     "utils",
     "weights",
+    "fused",
     "dataset",
     "visualize",
     "training",

@@ -1,13 +1,16 @@
 """Seconds and memory of detection in one 1024 x 1024 image, beside torchvision's Mask R-CNN.
 
-    python benchmarks/inference.py [--runs 7] [--threads 2]
+    python benchmarks/inference.py [--backbone resnet101] [--runs 7] [--threads 1 2]
 
-Both networks have a ResNet-101-FPN, 81 classes, 1000 proposals and 100 detections. Ours has the
-deterministic weights of the tests, torchvision's has random ones. The runs alternate, so that a
-machine that slows down slows down both. Peak memory is that of a process of its own for each.
+All networks have a ResNet-FPN, 81 classes, 1000 proposals and 100 detections. Ours, with and
+without CPU_WINOGRAD, has the deterministic weights of the tests, torchvision's has random ones. The
+runs alternate, so that a machine that slows down slows down all. GFLOP/s count the operations of
+the definition, of which Winograd needs a quarter; that of a product of 2048 x 2048 matrices in the
+same run is the scale. Peak memory is that of a process of its own for each.
 """
 
 import argparse
+import gc
 import json
 import resource
 import statistics
@@ -17,9 +20,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -31,34 +36,39 @@ import model as modellib  # noqa: E402
 import utils  # noqa: E402
 from coco import CocoConfig  # noqa: E402
 
+NAMES = ("ours", "plain", "torchvision")
 
-def build_ours() -> modellib.MaskRCNN:
-    model = modellib.MaskRCNN(CocoConfig(DETECTION_MIN_CONFIDENCE=0.0))
+
+def build_ours(backbone: str = "resnet101", fast: bool = True) -> modellib.MaskRCNN:
+    config = CocoConfig(DETECTION_MIN_CONFIDENCE=0.0, BACKBONE=backbone, CPU_WINOGRAD=fast)
+    model = modellib.MaskRCNN(config)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "coco.h5")
         keras_weights.write_h5("coco", path)
-        model.load_weights(path, verbose=False)
+        # A ResNet-50 has only the first blocks of C4.
+        exclude = [r"fpn\.C4\.([6-9]|\d\d)\..*"] if backbone == "resnet50" else []
+        model.load_weights(path, verbose=False, exclude=exclude)
     return model.eval()
 
 
-def build_torchvision() -> torch.nn.Module:
+def build_torchvision(backbone: str) -> torch.nn.Module:
     from torchvision.models.detection import MaskRCNN
     from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
     torch.manual_seed(0)
-    backbone = resnet_fpn_backbone(backbone_name="resnet101", weights=None)
-    for name, norm in backbone.named_modules():
+    features = resnet_fpn_backbone(backbone_name=backbone, weights=None)
+    for name, norm in features.named_modules():
         if name.endswith("bn3"):  # keeps the activations of 33 random blocks finite
             norm.weight.fill_(0.2)
     sizes = {"min_size": 1024, "max_size": 1024}
-    return MaskRCNN(backbone, 81, **sizes, box_score_thresh=0.0).eval()
+    return MaskRCNN(features, 81, **sizes, box_score_thresh=0.0).eval()
 
 
-def make_run(name: str) -> Callable[[], int]:
+def make_run(name: str, backbone: str) -> Callable[[], int]:
     """A function that detects in one image and returns the number of objects."""
     image = reference_inputs.synthetic_image(1024, 1024)
     if name == "torchvision":
-        rival = build_torchvision()
+        rival = build_torchvision(backbone)
         tensor = torch.from_numpy(image).permute(2, 0, 1) / 255
 
         def run() -> int:
@@ -67,7 +77,7 @@ def make_run(name: str) -> Callable[[], int]:
                 # As ours: masks thresholded, and in numpy.
                 return len((result["masks"][:, 0] >= 0.5).numpy())
     else:
-        ours = build_ours()
+        ours = build_ours(backbone, fast=name == "ours")
 
         def run() -> int:
             return ours.detect([image])[0]["masks"].shape[2]
@@ -111,8 +121,9 @@ def stage_seconds(model: modellib.MaskRCNN, image: np.ndarray) -> dict[str, floa
     return seconds
 
 
-def peak_gigabytes(name: str, threads: int) -> float:
-    command = [sys.executable, __file__, "--peak", name, "--threads", str(threads)]
+def peak_gigabytes(name: str, backbone: str, threads: int) -> float:
+    command = [sys.executable, __file__, "--peak", name, "--backbone", backbone]
+    command += ["--threads", str(threads)]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return json.loads(output.splitlines()[-1])
 
@@ -125,49 +136,81 @@ def large_image_peak() -> None:
     print(f"{count} detections in 6000 x 4000")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--peak", choices=["ours", "torchvision", "large"], help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    if args.peak:
-        if args.peak == "large":
-            large_image_peak()
-        else:
-            make_run(args.peak)()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
-        return
-
-    names = ("ours", "torchvision")
+def compare(backbone: str, threads: int, rounds: int) -> None:
+    """Prints the tables for a number of threads."""
+    torch.set_num_threads(threads)
+    print(f"\n{backbone}, {threads} threads, medians of {rounds} alternating runs\n")
     # First, since a process counts the memory of the one that started it.
-    peaks = {name: peak_gigabytes(name, args.threads) for name in (*names, "large")}
-    runs = {name: make_run(name) for name in names}
+    peaks = {name: peak_gigabytes(name, backbone, threads) for name in NAMES}
+    runs: dict[str, Callable[[], Any]] = {name: make_run(name, backbone) for name in NAMES}
     counts = {name: run() for name, run in runs.items()}  # warm
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(args.runs):
+    work = {}
+    for name in ("plain", "torchvision"):
+        with FlopCounterMode(display=False) as counter:
+            runs[name]()
+        work[name] = counter.get_total_flops()
+    work["ours"] = work["plain"]
+    left, right = torch.randn(2, 2048, 2048)
+    runs["GEMM"], work["GEMM"] = lambda: left @ right, 2 * 2048**3
+
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
         for name, run in runs.items():
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)
-    ratio = statistics.median(theirs / ours for ours, theirs in zip(*seconds.values(), strict=True))
-    print(f"torch {torch.__version__}, {args.threads} threads, {args.runs} alternating runs\n")
-    print("| | seconds (min .. max) | detections | peak GB |\n| --- | --- | --- | --- |")
-    for name, values in seconds.items():
-        median = f"{statistics.median(values):.2f} ({min(values):.2f} .. {max(values):.2f})"
-        print(f"| {name} | {median} | {counts[name]} | {peaks[name]:.2f} |")
-    print(f"\ntorchvision / ours, median of the pairs: {ratio:.2f}")
+    print("| | seconds (min .. max) | of ours | detections | GFLOP/s | peak GB |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name in NAMES:
+        values = seconds[name]
+        median = statistics.median(values)
+        pairs = [value / ours for ours, value in zip(seconds["ours"], values, strict=True)]
+        cells = [name, f"{median:.2f} ({min(values):.2f} .. {max(values):.2f})"]
+        cells += [f"{statistics.median(pairs):.2f}", str(counts[name])]
+        cells += [f"{work[name] / median / 1e9:.0f}", f"{peaks[name]:.2f}"]
+        print("| " + " | ".join(cells) + " |")
+    print(f"\nGEMM: {work['GEMM'] / statistics.median(seconds['GEMM']) / 1e9:.0f} GFLOP/s")
 
+
+def compare_stages(backbone: str, threads: int, rounds: int) -> None:
+    """Prints where the time goes."""
+    torch.set_num_threads(threads)
     image = reference_inputs.synthetic_image(1024, 1024)
-    model = build_ours()
-    laps = [stage_seconds(model, image) for _ in range(args.runs + 1)][1:]
-    medians = {stage: statistics.median(lap[stage] for lap in laps) for stage in laps[0]}
-    total = sum(medians.values())
-    print("\n| stage | seconds | share |\n| --- | --- | --- |")
-    for stage, value in medians.items():
-        print(f"| {stage} | {value:.3f} | {value / total:.1%} |")
-    print(f'\n100 detections in 6000 x 4000 pixels, masks="rle": peak {peaks["large"]:.2f} GB')
+    models = {"ours": build_ours(backbone), "plain": build_ours(backbone, fast=False)}
+    models["ours"].optimize_for_inference()
+    laps: dict[str, list[dict[str, float]]] = {name: [] for name in models}
+    for _ in range(rounds + 1):
+        for name, model in models.items():
+            laps[name].append(stage_seconds(model, image))
+    print(f"\n{backbone}, {threads} threads\n\n| stage | ours | plain |\n| --- | --- | --- |")
+    for stage in laps["ours"][0]:
+        medians = [statistics.median(lap[stage] for lap in laps[name][1:]) for name in models]
+        print(f"| {stage} | " + " | ".join(f"{value:.3f}" for value in medians) + " |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backbone", choices=["resnet50", "resnet101"], default="resnet101")
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--peak", choices=[*NAMES, "large"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.peak:
+        torch.set_num_threads(args.threads[0])
+        if args.peak == "large":
+            large_image_peak()
+        else:
+            make_run(args.peak, args.backbone)()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        return
+
+    print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}")
+    large = peak_gigabytes("large", args.backbone, args.threads[-1])
+    for threads in args.threads:
+        compare(args.backbone, threads, args.runs)
+        gc.collect()
+    compare_stages(args.backbone, args.threads[-1], args.runs)
+    print(f'\n100 detections in 6000 x 4000 pixels, masks="rle": peak {large:.2f} GB')
 
 
 if __name__ == "__main__":

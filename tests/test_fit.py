@@ -522,6 +522,20 @@ def test_validation_is_the_same_each_time_and_leaves_no_trace(tmp_path):
     states_equal(model.state_dict(), before)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_the_compiled_backbone_trains_alike(tmp_path):
+    losses, weights_after = {}, {}
+    for compiled in (False, True):
+        model = make_model(tmp_path / str(compiled), COMPILE=compiled, STEPS_PER_EPOCH=1)
+        train(model, epochs=1)
+        assert (model.fpn._compiled_call_impl is not None) == compiled
+        losses[compiled] = training.read_history(model.log_dir)[0]["rpn_class_loss"]
+        weights_after[compiled] = model.state_dict()
+    assert losses[True] == pytest.approx(losses[False], rel=1e-3)
+    assert weights_after[True].keys() == weights_after[False].keys()
+
+
 def test_bfloat16_trains(tmp_path):
     losses = {}
     for amp in (None, "bf16"):

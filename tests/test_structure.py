@@ -9,8 +9,8 @@ from conftest import ROOT
 
 # Each module may import those of the levels before its own.
 LEVELS = [
-    {"config", "utils", "nms", "roialign"},
-    {"weights", "dataset", "visualize"},
+    {"config", "utils", "nms", "roialign", "winograd"},
+    {"fused", "weights", "dataset", "visualize"},
     {"training"},
     {"model", "evaluation"},
     {"inspection"},
