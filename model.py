@@ -1260,18 +1260,13 @@ class MaskRCNN(nn.Module):
 
         results: list[dict[str, Any]] = [{} for _ in images]
         size = self.config.BATCH_SIZE
-        training = [module for module in self.modules() if module.training]
-        self.eval()
-        try:
+        with training.evaluating(self):
             for members in batches.values():
                 for start in range(0, len(members), size):
                     batch = members[start : start + size]
                     found = self._detect_batch([images[i] for i in batch], masks, verbose)
                     for i, result in zip(batch, found, strict=True):
                         results[i] = result
-        finally:
-            for module in training:
-                module.training = True
         return results
 
     def _detect_batch(

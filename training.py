@@ -481,24 +481,30 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards each module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 @torch.no_grad()
 def validate(model: nn.Module, loader: DataLoader[dict[str, Any]], config: Config) -> Record:
     """Mean losses, as val_*, of the first VALIDATION_STEPS batches; the same samples each time."""
     device = next(model.parameters()).device
     totals: Counter[str] = Counter()
     count = 0
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with chance_of_its_own(config.SEED), autocast(device, config):
-            for batch in itertools.islice(loader, config.VALIDATION_STEPS):
-                losses = model(*split_batch(batch))
-                mean = average(torch.stack(list(losses.values()))).tolist()
-                totals.update(dict(zip(losses, mean, strict=True)))
-                count += 1
-    finally:
-        for module in training:
-            module.training = True
+    with evaluating(model), chance_of_its_own(config.SEED), autocast(device, config):
+        for batch in itertools.islice(loader, config.VALIDATION_STEPS):
+            losses = model(*split_batch(batch))
+            mean = average(torch.stack(list(losses.values()))).tolist()
+            totals.update(dict(zip(losses, mean, strict=True)))
+            count += 1
     record = {f"val_{name}": value / count for name, value in totals.items()}
     return {"val_loss": sum(record.values()), **record} if record else {}
 
