@@ -57,7 +57,6 @@ class Config:
     # For a callable BACKBONE whose map sizes are not ceil(image / BACKBONE_STRIDES): given
     # (height, width) of the network input it returns five (height, width), P2 to P6.
     COMPUTE_BACKBONE_SHAPE: Callable | None = None
-    BACKBONE_STRIDES: Sequence[int] = (4, 8, 16, 32, 64)
     # Whose pretrained ResNet this is; load_weights changes the model to that of the file. "keras"
     # has the stride of a stage in its first 1x1 convolution, BatchNorm eps 1e-3 and inputs minus
     # MEAN_PIXEL; "torchvision" has it in the 3x3 convolution, eps 1e-5, and inputs scaled by
@@ -89,8 +88,6 @@ class Config:
     CLASS_NAMES: Sequence[str] | None = None
     POOL_SIZE: int = 7
     MASK_POOL_SIZE: int = 14
-    # Output of the mask head: twice MASK_POOL_SIZE.
-    MASK_SHAPE: Sequence[int] = (28, 28)
     FPN_CLASSIF_FC_LAYERS_SIZE: int = 1024
     BBOX_STD_DEV: Sequence[float] = (0.1, 0.1, 0.2, 0.2)
     DETECTION_MAX_INSTANCES: int = 100
@@ -106,8 +103,8 @@ class Config:
     CPU_WINOGRAD: bool = True
 
     # ---------------------------------------------------------------- training
-    # Steps, that is changes of the weights, from one checkpoint to the next. The data set is read
-    # on and on, so this need not be its size.
+    # Steps, that is changes of the weights, from one checkpoint to the next. This need not be the
+    # size of the data set, which is read again and again.
     STEPS_PER_EPOCH: int = 1000
     # Batches for the validation losses after each epoch, always the same ones; 0 for none.
     VALIDATION_STEPS: int = 50
@@ -144,8 +141,15 @@ class Config:
     }
     # False keeps BatchNorm frozen, right for the small batches of this kind of network.
     TRAIN_BN: bool = False
+    # An anchor is an object from this IoU with one on, and background below that with all of them.
+    RPN_POSITIVE_IOU: float = 0.7
+    RPN_NEGATIVE_IOU: float = 0.3
     # Anchors sampled per image to train the region proposal network.
     RPN_TRAIN_ANCHORS_PER_IMAGE: int = 256
+    # A proposal is an object from this IoU with one on, and background below it.
+    ROI_POSITIVE_IOU: float = 0.5
+    # Anchors and proposals that overlap a crowd this much are not taken for background.
+    CROWD_IOU: float = 0.001
     # Proposals sampled per image to train the heads, and the share of positive ones.
     TRAIN_ROIS_PER_IMAGE: int = 200
     ROI_POSITIVE_RATIO: float = 0.33
@@ -174,9 +178,16 @@ class Config:
             TypeError: an option that does not exist.
         """
         for name, value in options.items():
-            if not _is_option(name) or not hasattr(type(self), name):
+            if name in _DERIVED:
+                raise TypeError(f"{name} is no option: it follows from {_DERIVED[name]}")
+            if not self.has_option(name):
                 raise TypeError(f"{name} is no option of Config{_did_you_mean(name)}")
             setattr(self, name, value)
+
+    @classmethod
+    def has_option(cls, name: str) -> bool:
+        """Whether there is an option of this name, which may be one that a sub-class adds."""
+        return _is_option(name) and hasattr(cls, name)
 
     # ------------------------------------------------------------------ derived values
     @property
@@ -195,6 +206,26 @@ class Config:
             )
         return (side, side, self.IMAGE_CHANNEL_COUNT)
 
+    @property
+    def BACKBONE_STRIDES(self) -> tuple[int, int, int, int, int]:
+        """Strides of P2..P6."""
+        return (4, 8, 16, 32, 64)
+
+    @property
+    def MASK_SHAPE(self) -> tuple[int, int]:
+        """Height and width of a mask that the network gives."""
+        return (2 * self.MASK_POOL_SIZE, 2 * self.MASK_POOL_SIZE)
+
+    @property
+    def resize_options(self) -> dict[str, Any]:
+        """How utils.resize_image makes the network's input of an image."""
+        return {
+            "min_dim": self.IMAGE_MIN_DIM,
+            "max_dim": self.IMAGE_MAX_DIM,
+            "min_scale": self.IMAGE_MIN_SCALE,
+            "mode": self.IMAGE_RESIZE_MODE,
+        }
+
     def backbone_shapes(self, image_shape: Sequence[int]) -> list[tuple[int, int]]:
         """Sizes of P2..P6 for a network input of (height, width, ...) pixels."""
         compute = self.option("COMPUTE_BACKBONE_SHAPE")
@@ -203,6 +234,16 @@ class Config:
         height, width = image_shape[:2]
         return [(math.ceil(height / s), math.ceil(width / s)) for s in self.BACKBONE_STRIDES]
 
+    def anchor_options(self, image_shape: Sequence[int]) -> dict[str, Any]:
+        """How utils.generate_pyramid_anchors makes the anchors of a network input."""
+        return {
+            "scales": self.RPN_ANCHOR_SCALES,
+            "ratios": self.RPN_ANCHOR_RATIOS,
+            "feature_shapes": self.backbone_shapes(image_shape),
+            "feature_strides": self.BACKBONE_STRIDES,
+            "anchor_stride": self.RPN_ANCHOR_STRIDE,
+        }
+
     def option(self, name: str) -> Any:
         """The value of an option; a function without the `self` that a class attribute binds."""
         return inspect.getattr_static(self, name)
@@ -210,7 +251,7 @@ class Config:
     # ------------------------------------------------------------------ looking and checking
     def to_dict(self) -> dict[str, Any]:
         """All options and their values, those that a sub-class adds included."""
-        names = [name for name in dir(self) if _is_option(name) and name not in _DERIVED]
+        names = [name for name in dir(self) if _is_option(name)]
         return {name: getattr(self, name) for name in names}
 
     def display(self) -> None:
@@ -226,6 +267,9 @@ class Config:
         Raises:
             ValueError: names the option, its value and what to do.
         """
+        for name, source in _DERIVED.items():
+            if not isinstance(inspect.getattr_static(type(self), name), property):
+                raise ValueError(f"{name} is no option: it follows from {source}; leave it out")
         for name in self.to_dict():
             if name in REPLACED:
                 raise ValueError(f"{name} is no option any more; use {REPLACED[name]}")
@@ -270,7 +314,8 @@ class Config:
             lambda v: 0 <= v <= 1,
             "in 0..1",
             *("RPN_NMS_THRESHOLD", "DETECTION_NMS_THRESHOLD", "DETECTION_MIN_CONFIDENCE"),
-            *("ROI_POSITIVE_RATIO", "LEARNING_MOMENTUM"),
+            *("ROI_POSITIVE_RATIO", "LEARNING_MOMENTUM", "RPN_POSITIVE_IOU", "RPN_NEGATIVE_IOU"),
+            *("ROI_POSITIVE_IOU", "CROWD_IOU"),
         )
         check(
             lambda v: v is None or whole(v, 1),
@@ -301,15 +346,10 @@ class Config:
         check(
             lambda v: len(v) == 2 and all(whole(n, 1) for n in v),
             "(height, width), whole numbers",
-            *("MINI_MASK_SHAPE", "MASK_SHAPE"),
+            "MINI_MASK_SHAPE",
         )
         check(lambda v: len(v) == 5 and min(v) > 0, "five numbers above 0", "RPN_ANCHOR_SCALES")
         check(lambda v: min(v) > 0, "one or more numbers above 0", "RPN_ANCHOR_RATIOS")
-        check(
-            lambda v: tuple(v) == (4, 8, 16, 32, 64),
-            "(4, 8, 16, 32, 64), the strides of P2..P6",
-            "BACKBONE_STRIDES",
-        )
         check(lambda v: len(v) >= 1 and sum(v) >= 0, "a number per channel", "MEAN_PIXEL")
         check(
             lambda v: v is None or len(v) == self.NUM_CLASSES,
@@ -331,7 +371,7 @@ class Config:
         name = {"square": "IMAGE_MAX_DIM", "crop": "IMAGE_MIN_DIM"}.get(mode)
         if name is not None:
             side = getattr(self, name)
-            if side is None or side < 64 or side % 64:
+            if side is None or not are_network_sides(side):
                 below = max(64, (side or 0) // 64 * 64)
                 raise ValueError(
                     f"{name} must be a multiple of 64 in mode {mode!r}, got {side};"
@@ -372,21 +412,26 @@ class Config:
                 "BACKBONE_STYLE 'torchvision' needs IMAGE_CHANNEL_COUNT 3,"
                 f" got {self.IMAGE_CHANNEL_COUNT}"
             )
-        mask = 2 * self.MASK_POOL_SIZE
-        if tuple(self.MASK_SHAPE) != (mask, mask):
-            raise ValueError(
-                f"MASK_SHAPE must be twice MASK_POOL_SIZE, ({mask}, {mask}),"
-                f" got {tuple(self.MASK_SHAPE)}"
-            )
 
 
-# Options of the originals and what took their place.
+def are_network_sides(*sides: int) -> bool:
+    """Whether these may be sides of a network input: multiples of P6's stride, 64."""
+    return all(side > 0 and side % 64 == 0 for side in sides)
+
+
+# Options of Matterport's and the port's Config, and what took their place.
 REPLACED = {
     "IMAGE_PADDING": "IMAGE_RESIZE_MODE",
     "BACKBONE_SHAPES": "COMPUTE_BACKBONE_SHAPE",
     "IMAGE_META_SIZE": "nothing: there is no image_meta",
 }
-_DERIVED = {name for name, value in vars(Config).items() if isinstance(value, property)}
+# What follows from options, and from which.
+_DERIVED = {
+    "BATCH_SIZE": "IMAGES_PER_GPU and GPU_COUNT",
+    "IMAGE_SHAPE": "IMAGE_RESIZE_MODE and IMAGE_MAX_DIM or IMAGE_MIN_DIM",
+    "BACKBONE_STRIDES": "the network, whose strides are 4, 8, 16, 32 and 64",
+    "MASK_SHAPE": "MASK_POOL_SIZE, of which it is twice",
+}
 
 
 def _is_option(name: str) -> bool:

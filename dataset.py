@@ -1,11 +1,8 @@
-"""From utils.Dataset to batches of tensors: augmentation, items, collate and the loader.
+"""From utils.Dataset to the batches that the network trains on: items, collate and the loader.
 
-An augmentation is any callable(image, masks, rng) -> (image, masks):
-    image: [H, W, C] uint8; masks: [H, W, N] bool, one per instance, crowds included.
-    rng: a numpy Generator, the only source of chance that keeps runs reproducible.
-It may change height and width, but not the number of instances: one that leaves the image gets an
-empty mask and is dropped later. It must not write into its arguments, and a lambda cannot be sent
-to the worker processes of Windows and macOS.
+train = TorchDataset(dataset, config, horizontal_flip)
+for images, targets in make_loader(train, config, shuffle=True):
+    losses = model(images, targets)
 """
 
 import copy
@@ -15,8 +12,7 @@ import os
 import pickle
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,150 +23,40 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
 import utils
-from config import Config
+from augmentation import Augmentation, augment
+from augmentation import ColorJitter as ColorJitter
+from augmentation import Compose as Compose
+from augmentation import RandomCrop as RandomCrop
+from augmentation import ScaleJitter as ScaleJitter
+from augmentation import horizontal_flip as horizontal_flip
+from augmentation import rot90 as rot90
+from augmentation import vertical_flip as vertical_flip
+from config import Config, are_network_sides
 
 logger = logging.getLogger(__name__)
 
-Augmentation = Callable[
-    [np.ndarray, np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarray]
-]
-Pair = tuple[np.ndarray, np.ndarray]
+# What an image should teach, see TorchDataset.
+Target = dict[str, Any]
+# Images [B, C, H, W] uint8 and a target for each.
+Batch = tuple[Tensor, list[Target]]
 
 
-# --- Augmentation --------------------------------------------------------------------------------
-
-
-def augment(
-    augmentation: Augmentation, image: np.ndarray, masks: np.ndarray, rng: np.random.Generator
-) -> Pair:
-    """Calls an augmentation and checks what it returns.
+def resize_to_network(
+    image: np.ndarray, config: Config, rng: np.random.Generator | None = None
+) -> utils.ResizedImage:
+    """Resizes an image [H, W, C] as the config says; see utils.resize_image.
 
     Raises:
-        ValueError: other shapes, dtypes or number of masks than this module's text asks for.
+        ValueError: the mode is "none" and the sides are not those of a network input.
     """
-    # Contiguous, since torch and OpenCV do not take the views that flips return.
-    result = augmentation(np.ascontiguousarray(image), np.ascontiguousarray(masks), rng)
-    pair = result if isinstance(result, tuple) else (result,)
-    form = [(x.dtype, x.shape) if isinstance(x, np.ndarray) else type(x) for x in pair]
-    size = pair[0].shape[:2] if isinstance(pair[0], np.ndarray) else ()
-    channels, count = image.shape[2], masks.shape[2]
-    if form != [(np.uint8, (*size, channels)), (np.bool_, (*size, count))] or 0 in size:
-        name = getattr(augmentation, "__qualname__", type(augmentation).__qualname__)
-        got = ", ".join(f"{f[0]} {list(f[1])}" if isinstance(f, tuple) else str(f) for f in form)
+    resized = utils.resize_image(image, **config.resize_options, rng=rng)
+    height, width = resized.image.shape[:2]
+    if not are_network_sides(height, width):
         raise ValueError(
-            f"augmentation {name} must return (image, masks), uint8 [H, W, {channels}] and bool"
-            f" [H, W, {count}], got {got}"
+            f"image sides must be multiples of 64 in mode 'none', got {height} x {width};"
+            " use IMAGE_RESIZE_MODE 'pad64'"
         )
-    return result
-
-
-class Compose:
-    """Augmentations one after the other."""
-
-    def __init__(self, *augmentations: Augmentation) -> None:
-        self.augmentations = augmentations
-
-    def __call__(self, image: np.ndarray, masks: np.ndarray, rng: np.random.Generator) -> Pair:
-        for augmentation in self.augmentations:
-            image, masks = augment(augmentation, image, masks, rng)
-        return image, masks
-
-
-def horizontal_flip(image: np.ndarray, masks: np.ndarray, rng: np.random.Generator) -> Pair:
-    """Left becomes right, in every other case."""
-    return (image[:, ::-1], masks[:, ::-1]) if rng.random() < 0.5 else (image, masks)
-
-
-def vertical_flip(image: np.ndarray, masks: np.ndarray, rng: np.random.Generator) -> Pair:
-    """Top becomes bottom, in every other case."""
-    return (image[::-1], masks[::-1]) if rng.random() < 0.5 else (image, masks)
-
-
-def rot90(image: np.ndarray, masks: np.ndarray, rng: np.random.Generator) -> Pair:
-    """Turns by 0, 90, 180 or 270 degrees."""
-    quarters = int(rng.integers(4))
-    return np.rot90(image, quarters), np.rot90(masks, quarters)
-
-
-@dataclass(frozen=True)
-class ScaleJitter:
-    """Zooms by a random factor at a random place; the image keeps its size, black around it."""
-
-    smallest: float = 0.5
-    largest: float = 2.0
-
-    def __call__(self, image: np.ndarray, masks: np.ndarray, rng: np.random.Generator) -> Pair:
-        size = image.shape[:2]
-        # Uniform in the logarithm: as often twice as large as half as large.
-        scale = np.exp(rng.uniform(np.log(self.smallest), np.log(self.largest)))
-        if scale >= 1:
-            part = _random_part(size, 1 / scale, rng)
-            return _resize(image[part], masks[part], size)
-        part = _random_part(size, scale, rng)
-        canvas = np.zeros_like(image), np.zeros_like(masks)
-        shape = canvas[0][part].shape[:2]
-        canvas[0][part], canvas[1][part] = _resize(image, masks, shape)
-        return canvas
-
-
-@dataclass(frozen=True)
-class RandomCrop:
-    """Cuts out a part with sides of `smallest` to 1 of the image's.
-
-    Ten parts are tried for one that shows a bit of an object; if none does, the last is taken.
-    """
-
-    smallest: float = 0.5
-
-    def __call__(self, image: np.ndarray, masks: np.ndarray, rng: np.random.Generator) -> Pair:
-        for _ in range(10):
-            part = _random_part(image.shape, rng.uniform(self.smallest, 1), rng)
-            if masks[part].any():
-                break
-        return image[part], masks[part]
-
-
-@dataclass(frozen=True)
-class ColorJitter:
-    """Scales brightness, contrast and (of RGB) saturation by factors of 1 - x to 1 + x each."""
-
-    brightness: float = 0.2
-    contrast: float = 0.2
-    saturation: float = 0.2
-
-    def __call__(self, image: np.ndarray, masks: np.ndarray, rng: np.random.Generator) -> Pair:
-        brightness, contrast, saturation = (
-            np.float32(rng.uniform(1 - x, 1 + x))
-            for x in (self.brightness, self.contrast, self.saturation)
-        )
-        pixels = image.astype(np.float32) * brightness
-        mean = pixels.mean()
-        pixels = mean + (pixels - mean) * contrast
-        if image.shape[2] == 3:
-            gray = pixels @ np.array([[0.299], [0.587], [0.114]], np.float32)
-            pixels = gray + (pixels - gray) * saturation
-        return pixels.round().clip(0, 255).astype(np.uint8), masks
-
-
-def _random_part(
-    shape: Sequence[int], share: float, rng: np.random.Generator
-) -> tuple[slice, slice]:
-    """Rows and columns of a part whose sides are `share` of the image's, anywhere in it."""
-    lengths = [max(1, round(side * share)) for side in shape[:2]]
-    starts = [int(rng.integers(side - n + 1)) for side, n in zip(shape[:2], lengths, strict=True)]
-    rows, columns = (slice(y, y + n) for y, n in zip(starts, lengths, strict=True))
-    return rows, columns
-
-
-def _resize(image: np.ndarray, masks: np.ndarray, shape: Sequence[int]) -> Pair:
-    """Both about half-pixel centres: the image antialiased, the masks by the nearest pixel."""
-    planes = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-    planes = F.interpolate(planes, tuple(shape[:2]), mode="bilinear", antialias=True)
-    rows, columns = (
-        ((np.arange(new) + 0.5) * old / new).astype(np.int64)
-        for new, old in zip(shape[:2], masks.shape[:2], strict=True)
-    )
-    return planes[0].permute(1, 2, 0).numpy(), masks[rows[:, None], columns]
+    return resized
 
 
 # --- Items ---------------------------------------------------------------------------------------
@@ -196,12 +82,10 @@ class _PackedList(Sequence[Any]):
         return pickle.loads(self.data[self.ends[index] : self.ends[index + 1]])
 
 
-class TorchDataset(torch.utils.data.Dataset[dict[str, Any]]):
+class TorchDataset(torch.utils.data.Dataset[tuple[Tensor, Target]]):
     """Images and instances of a utils.Dataset as tensors, resized as the config says.
 
-    Item i is image i as a dict:
-        image: [C, H, W] uint8.
-        window: [4] float32, network pixels, the part of it that is not padding.
+    Item i is (image, target) of image i: image [C, H, W] uint8, and target a dict of
         class_ids: [N] int64; negative is a crowd.
         boxes: [N, (y1, x1, y2, x2)] float32, network pixels, tight around the masks.
         masks: [N, h, w] bool, the part in the box at MINI_MASK_SHAPE; without USE_MINI_MASK
@@ -214,7 +98,7 @@ class TorchDataset(torch.utils.data.Dataset[dict[str, Any]]):
         dataset: prepared. Each image of its image_info is kept packed, so changes made later
             are not seen.
         config: resizing, masks, seed, and what to do with images that are empty or unreadable.
-        augmentation: see this module's text; applied before resizing. None for validation.
+        augmentation: see augmentation.py; applied before resizing. None for validation.
 
     Raises:
         ValueError: no images, or NUM_CLASSES is not that of the data set. On access: an image or
@@ -254,7 +138,7 @@ class TorchDataset(torch.utils.data.Dataset[dict[str, Any]]):
         path = "" if info["path"] is None else f" ({info['path']})"
         return f"{info['source']}.{info['id']}{path}"
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         image_id = range(len(self))[index]
         rng = np.random.default_rng((self.config.SEED, int(self._epoch), image_id))
         for _ in range(100):
@@ -268,7 +152,7 @@ class TorchDataset(torch.utils.data.Dataset[dict[str, Any]]):
             f" last {self.describe(image_id)}; check SKIP_EMPTY_IMAGES and the log"
         )
 
-    def _load(self, image_id: int, rng: np.random.Generator) -> dict[str, Any] | None:
+    def _load(self, image_id: int, rng: np.random.Generator) -> tuple[Tensor, Target] | None:
         """The item of an image, or None if the config says to skip it."""
         config = self.config
         try:
@@ -280,26 +164,12 @@ class TorchDataset(torch.utils.data.Dataset[dict[str, Any]]):
                 raise ValueError(f"{message}; {remedy}") from error
             self._log_once(image_id, logging.WARNING, f"{message}; another takes its place")
             return None
-        if self.augmentation is not None:
-            try:
+        try:
+            if self.augmentation is not None:
                 image, masks = augment(self.augmentation, image, masks, rng)
-            except Exception as error:
-                raise ValueError(f"image {self.describe(image_id)}: {error!r}") from error
-
-        image, window, scale, padding, crop = utils.resize_image(
-            image,
-            min_dim=config.IMAGE_MIN_DIM,
-            max_dim=config.IMAGE_MAX_DIM,
-            min_scale=config.IMAGE_MIN_SCALE,
-            mode=config.IMAGE_RESIZE_MODE,
-            rng=rng,
-        )
-        height, width = image.shape[:2]
-        if height % 64 or width % 64:
-            raise ValueError(
-                f"image sides must be multiples of 64 in mode 'none', got {height} x {width} of"
-                f" {self.describe(image_id)}; use IMAGE_RESIZE_MODE 'pad64'"
-            )
+            image, _, scale, padding, crop = resize_to_network(image, config, rng)
+        except Exception as error:  # whatever a user's augmentation stumbles over
+            raise ValueError(f"image {self.describe(image_id)}: {error!r}") from error
         masks = utils.resize_mask(masks, scale, padding, crop)
         boxes = utils.extract_bboxes(masks)
         keep = self._choose(image_id, boxes, class_ids, rng)
@@ -312,9 +182,7 @@ class TorchDataset(torch.utils.data.Dataset[dict[str, Any]]):
             masks = utils.minimize_mask(boxes, masks, config.MINI_MASK_SHAPE)
         active = np.zeros(config.NUM_CLASSES, dtype=bool)
         active[self.dataset.source_class_ids[self.dataset.image_info[image_id]["source"]]] = True
-        return {
-            "image": _planes(image),
-            "window": torch.tensor(window, dtype=torch.float32),
+        return _planes(image), {
             "class_ids": torch.from_numpy(class_ids),
             "boxes": torch.from_numpy(boxes.astype(np.float32)),
             "masks": _planes(masks),
@@ -373,17 +241,17 @@ def _planes(array: np.ndarray) -> Tensor:
 # --- Batches -------------------------------------------------------------------------------------
 
 
-def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A batch of the items of TorchDataset, images of several sizes included.
+def collate(items: Sequence[tuple[Tensor, Target]]) -> Batch:
+    """A batch of the items of TorchDataset, as MaskRCNN.forward takes it.
+
+    Images of several sizes are padded with zeros below and to the right, so that boxes stay right;
+    full masks are padded alike.
 
     Returns:
-        images: [B, C, H, W] uint8, smaller ones padded with zeros below and to the right, so
-            that boxes and windows stay right; full masks are padded alike.
-        windows: [B, 4] float32, network pixels. active_class_ids: [B, K] bool.
-        class_ids, boxes, masks, image_ids: lists of length B.
+        images [B, C, H, W] uint8, and the targets.
     """
-    images = [item["image"] for item in items]
-    masks = [item["masks"] for item in items]
+    images = [image for image, _ in items]
+    targets = [target for _, target in items]
     if len({image.shape for image in images}) > 1:
         height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
 
@@ -391,18 +259,71 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
             return F.pad(x, (0, width - x.shape[2], 0, height - x.shape[1]))
 
         # Mini masks are all of one shape, so here they cannot all be as large as their images.
-        if all(m.shape[1:] == image.shape[1:] for m, image in zip(masks, images, strict=True)):
-            masks = [pad(m) for m in masks]
+        if all(target["masks"].shape[1:] == image.shape[1:] for image, target in items):
+            targets = [{**target, "masks": pad(target["masks"])} for target in targets]
         images = [pad(image) for image in images]
-    return {
-        "images": torch.stack(images),
-        "windows": torch.stack([item["window"] for item in items]),
-        "active_class_ids": torch.stack([item["active_class_ids"] for item in items]),
-        "class_ids": [item["class_ids"] for item in items],
-        "boxes": [item["boxes"] for item in items],
-        "masks": masks,
-        "image_ids": [item["image_id"] for item in items],
-    }
+    return torch.stack(images), targets
+
+
+def check_batch(
+    images: Tensor, targets: Sequence[Mapping[str, Any]] | None, config: Config
+) -> None:
+    """Raises TypeError or ValueError unless MaskRCNN.forward can use images and targets."""
+
+    def check(name: str, tensor: object, dtype: torch.dtype, shape: Sequence[int | str]) -> None:
+        if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be a tensor of {dtype}, got {kind}")
+        wrong = any(
+            isinstance(n, int) and n != m for n, m in zip(shape, tensor.shape, strict=False)
+        )
+        if wrong or len(shape) != tensor.dim():
+            expected = ", ".join(map(str, shape))
+            raise ValueError(f"{name} must have shape [{expected}], got {list(tensor.shape)}")
+
+    check("images", images, torch.uint8, ("B", config.IMAGE_CHANNEL_COUNT, "H", "W"))
+    height, width = images.shape[2:]
+    if len(images) == 0 or not are_network_sides(height, width):
+        raise ValueError(
+            f"images must be one or more with sides that are multiples of 64, got shape"
+            f" {list(images.shape)}; resize them with utils.resize_image"
+        )
+    if targets is None:
+        return
+    if len(targets) != len(images):
+        raise ValueError(
+            f"targets must have a dict for each image, got {len(targets)} for {len(images)} images"
+        )
+    classes = config.NUM_CLASSES
+    needed = {"class_ids", "boxes", "masks"} | (set() if config.USE_RPN_ROIS else {"rois"})
+    mask_shape = config.MINI_MASK_SHAPE if config.USE_MINI_MASK else (height, width)
+    for i, target in enumerate(targets):
+        prefix = f"targets[{i}]"
+        missing = needed - target.keys()
+        if missing:
+            raise ValueError(f"{prefix} must have {', '.join(sorted(needed))}, lacks {missing}")
+        class_ids, boxes = target["class_ids"], target["boxes"]
+        check(f"{prefix} class_ids", class_ids, torch.int64, ("N",))
+        count = len(class_ids)
+        check(f"{prefix} boxes", boxes, torch.float32, (count, 4))
+        check(f"{prefix} masks", target["masks"], torch.bool, (count, *mask_shape))
+        if "active_class_ids" in target:
+            active = target["active_class_ids"]
+            check(f"{prefix} active_class_ids", active, torch.bool, (classes,))
+        if not config.USE_RPN_ROIS:
+            check(f"{prefix} rois", target["rois"], torch.float32, ("M", 4))
+        strange = class_ids[(class_ids == 0) | (class_ids.abs() >= classes)]
+        if len(strange):
+            raise ValueError(
+                f"{prefix} class_ids must be 1..{classes - 1}, or negative for crowds, got"
+                f" {strange[0].item()}; NUM_CLASSES counts the background too"
+            )
+        good = boxes.isfinite().all(dim=1) & (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+        if not good.all():
+            raise ValueError(
+                f"{prefix} boxes must be finite with y1 < y2 and x1 < x2, got"
+                f" {boxes[~good][0].tolist()}; drop objects without pixels"
+            )
 
 
 class EpochSampler(DistributedSampler[Any]):
@@ -422,11 +343,11 @@ class EpochSampler(DistributedSampler[Any]):
 
 
 def make_loader(
-    dataset: torch.utils.data.Dataset[dict[str, Any]],
+    dataset: torch.utils.data.Dataset[tuple[Tensor, Target]],
     config: Config,
     shuffle: bool,
     sampler: Sampler[Any] | None = None,
-) -> DataLoader[dict[str, Any]]:
+) -> DataLoader[Any]:
     """Batches of IMAGES_PER_GPU images, the last one smaller; call set_epoch before each run.
 
     Args:
@@ -456,7 +377,7 @@ def make_loader(
     )
 
 
-def set_epoch(loader: DataLoader[dict[str, Any]], epoch: int) -> None:
+def set_epoch(loader: DataLoader[Any], epoch: int) -> None:
     """Gives the next run through a loader the order and the augmentation of this epoch."""
     for part in (loader.dataset, loader.sampler):
         if hasattr(part, "set_epoch"):

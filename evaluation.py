@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 from tqdm import tqdm
 
-import training
+import distributed
 import utils
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -114,20 +113,17 @@ def evaluate_coco(
     if results_path is not None:
         Path(results_path).parent.mkdir(parents=True, exist_ok=True)
     # First, because an annotation that cannot be used should be known before hours of detection.
-    truth = {i: ground_truth(dataset, i) for i in ids} if training.is_main() else {}
+    truth = {i: ground_truth(dataset, i) for i in ids} if distributed.is_main() else {}
 
     confidence = model.config.DETECTION_MIN_CONFIDENCE
     model.config.DETECTION_MIN_CONFIDENCE = confidence if min_confidence is None else min_confidence
     try:
-        share = ids[training.rank() :: training.world_size()]
+        share = ids[distributed.rank() :: distributed.world_size()]
         found, seconds = _detect_all(model, dataset, share, verbose)
     finally:
         model.config.DETECTION_MIN_CONFIDENCE = confidence
-    shares: list[Any] = [(found, seconds)]
-    if training.world_size() > 1:
-        shares *= training.world_size()
-        dist.gather_object((found, seconds), shares if training.is_main() else None)
-    if not training.is_main():
+    shares = distributed.gather((found, seconds))
+    if not distributed.is_main():
         return None
     detections = {i: result for found, _ in shares for i, result in found.items()}
 
@@ -259,7 +255,7 @@ def _detect_all(
     def load(batch: Sequence[int]) -> list[np.ndarray]:
         return [dataset.load_image(image_id) for image_id in batch]
 
-    disable = not (verbose and training.is_main())
+    disable = not (verbose and distributed.is_main())
     bar = tqdm(total=len(image_ids), desc="evaluate", unit="image", disable=disable)
     # One thread decodes the next batch while the model works on this one.
     with ThreadPoolExecutor(1) as pool, bar:

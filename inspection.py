@@ -12,7 +12,6 @@ import torch
 from tqdm import tqdm
 
 import evaluation
-import model as modellib
 import utils
 from config import Config
 
@@ -58,9 +57,8 @@ def inspect(
         classes.update(instance["category_id"] for instance in objects)
         boxes, shape = _network_boxes(_corners(objects), (height, width), config)
         sides.append(np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(axis=1)))
-        everyone = torch.ones(len(boxes), dtype=torch.int64)
-        overlaps, _ = modellib.match_boxes(anchors(shape), everyone, torch.from_numpy(boxes))
-        fits.append(overlaps[:-1].amax(dim=1).numpy())
+        overlaps = utils.compute_overlaps(torch.from_numpy(boxes), anchors(shape))
+        fits.append(overlaps.amax(dim=1).numpy())
     if sheet is not None and usable:
         _draw_sheet(dataset, _spread(usable, samples), sheet)
 
@@ -110,13 +108,7 @@ def _corners(instances: Sequence[dict[str, Any]]) -> np.ndarray:
 
 def _anchors(config: Config, shape: Sequence[int]) -> torch.Tensor:
     """All anchors, [A, 4] float64, of a network input of (height, width) pixels."""
-    anchors = utils.generate_pyramid_anchors(
-        config.RPN_ANCHOR_SCALES,
-        config.RPN_ANCHOR_RATIOS,
-        config.backbone_shapes(shape),
-        config.BACKBONE_STRIDES,
-        config.RPN_ANCHOR_STRIDE,
-    )
+    anchors = utils.generate_pyramid_anchors(**config.anchor_options(shape))
     return torch.from_numpy(anchors)
 
 
@@ -124,13 +116,8 @@ def _network_boxes(
     boxes: np.ndarray, size: Sequence[int], config: Config
 ) -> tuple[np.ndarray, tuple[int, int]]:
     """Boxes [N, 4] of an image of this size in network pixels, and the network input's shape."""
-    resized = utils.resize_image(
-        np.empty((*size, 0), np.uint8),  # an image without channels costs nothing
-        min_dim=config.IMAGE_MIN_DIM,
-        max_dim=config.IMAGE_MAX_DIM,
-        min_scale=config.IMAGE_MIN_SCALE,
-        mode=config.IMAGE_RESIZE_MODE,
-    )
+    # An image without channels costs nothing.
+    resized = utils.resize_image(np.empty((*size, 0), np.uint8), **config.resize_options)
     height, width = resized.image.shape[:2]
     corner = resized.window[:2] if resized.crop is None else [-n for n in resized.crop[:2]]
     boxes = utils.clip_boxes(boxes * resized.scale + np.tile(corner, 2), (0, 0, height, width))

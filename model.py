@@ -1,8 +1,9 @@
 """Mask R-CNN (He et al. 2017, arXiv:1703.06870) on a ResNet feature pyramid.
 
 Top-down in the order of the data: ResNet, feature pyramid, region proposals, RoIAlign, the two
-heads, training targets and losses, detections, and `MaskRCNN`, which ties them together. The
-arithmetic is that of matterport/Mask_RCNN, so that its published weights give its detections.
+heads, detections, and `MaskRCNN`, which ties them together; targets.py and losses.py are for
+training. The arithmetic is that of Matterport's Keras model, so that its published weights give its
+detections. "The port" is multimodallearning/pytorch-mask-rcnn, whose state_dict keys these are.
 
 Letters in shapes: B images, A anchors of an image, R rois of the batch, N detections, K classes,
 C channels, H W image, h w feature map, P pooled size, M mask size.
@@ -26,15 +27,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import checkpoints
 import fused
 import training
 import utils
 import weights
+from augmentation import Augmentation
 from config import Config
-from dataset import Augmentation
+from dataset import check_batch, resize_to_network
 from fused import convolve
+from losses import (
+    mrcnn_bbox_loss,
+    mrcnn_class_loss,
+    mrcnn_mask_loss,
+    rpn_bbox_loss,
+    rpn_class_loss,
+)
 from nms import batched_nms, nms
 from roialign import crop_and_resize
+from targets import RoiTargets, RPNTargets, build_rpn_targets, sample_rois
 
 logger = logging.getLogger(__name__)
 
@@ -51,22 +62,6 @@ class Rois(NamedTuple):
 
     boxes: Tensor  # [R, 4] unit frame
     image_index: Tensor  # [R] int64
-
-
-class RPNTargets(NamedTuple):
-    """What the region proposal network should say of one image."""
-
-    match: Tensor  # [A] int8: 1 object, -1 background, 0 not judged
-    deltas: Tensor  # [P, 4] of the anchors with match 1, in units of RPN_BBOX_STD_DEV
-
-
-class RoiTargets(NamedTuple):
-    """What the heads should say of the rois sampled from one image: the P objects come first."""
-
-    rois: Tensor  # [R, 4] unit frame
-    class_ids: Tensor  # [R] int64, 0 for background
-    deltas: Tensor  # [P, 4] in units of BBOX_STD_DEV
-    masks: Tensor  # [P, M, M] float32, 0 or 1
 
 
 class Detections(NamedTuple):
@@ -332,8 +327,11 @@ class RPN(nn.Module):
             y = (cells[members] - start) // width * stride + reach  # [M, size]
             x = (cells[members] - start) % width * stride + reach
             padded = same_pad(feature, conv).permute(0, 2, 3, 1)
-            index = image_index[members[:, :, None]], y[:, :, None], x[:, None]
-            patches[members[:, 0]] = padded[index]
+            rows = image_index[members[:, :, None]] * padded.shape[1] + y[:, :, None]
+            pixels = (rows * padded.shape[2] + x[:, None]).flatten()
+            # Not padded[...]: the gradient of that depends on which thread comes first.
+            found = padded.flatten(0, 2).index_select(0, pixels)
+            patches[members[:, 0]] = found.view(-1, size, size, found.shape[1])
             start = end
         x = F.relu(F.conv2d(patches.permute(0, 3, 1, 2), conv.weight, conv.bias), inplace=True)
         rows = torch.arange(len(cells), device=cells.device)
@@ -486,254 +484,12 @@ class Mask(nn.Module):
         x = F.linear(x.permute(0, 2, 3, 1), weight, self.deconv.bias.repeat(4))
         x = F.relu(x, inplace=True).unflatten(3, (4, -1))  # [R, P, P, 2 * 2, C]
         # conv5 for the wanted class of each roi only, one of K.
-        weight = self.conv5.weight[class_ids].flatten(1)  # [R, C]
+        # Not weight[class_ids]: the gradient of that depends on which thread comes first.
+        weight = self.conv5.weight.flatten(1).index_select(0, class_ids)  # [R, C]
         assert self.conv5.bias is not None
         logits = (x.flatten(1, 3) @ weight[:, :, None]).view(*x.shape[:3], 2, 2)
         logits = logits.transpose(2, 3).flatten(3, 4).flatten(1, 2)
         return logits + self.conv5.bias[class_ids, None, None]
-
-
-############################################################
-#  Training targets
-############################################################
-
-
-def sample(candidates: Tensor, count: int, permutation: Callable[..., Tensor]) -> Tensor:
-    """At most count of the indices where candidates [N] bool is set, ascending.
-
-    Args:
-        permutation: torch.randperm, or a function called like it: permutation(n, device=device).
-            It is called only if some have to be left out.
-    """
-    index = candidates.nonzero()[:, 0]
-    if len(index) > count:
-        index = index[permutation(len(index), device=index.device)[:count]].sort().values
-    return index
-
-
-def match_boxes(boxes: Tensor, class_ids: Tensor, gt_boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Overlaps of boxes with the objects of an image, and which boxes keep clear of its crowds.
-
-    Args:
-        boxes: [N, 4], any frame.
-        class_ids: [G], negative for crowds.
-        gt_boxes: [G, 4], the frame of boxes.
-
-    Returns:
-        overlaps: [objects + 1, N] IoU; the last row is 0, so that there always is a maximum.
-        clear: [N] bool.
-    """
-
-    def overlaps(members: Tensor) -> Tensor:
-        # A box without area overlaps nothing.
-        others = F.pad(gt_boxes[members].to(boxes.dtype), (0, 0, 0, 1))
-        # In pieces that fit a CPU's cache: half the time for the 261 888 anchors of COCO.
-        parts = [utils.compute_overlaps(others, part) for part in boxes.split(2**14)]
-        return torch.cat(parts, dim=1)
-
-    return overlaps(class_ids > 0), overlaps(class_ids < 0).amax(dim=0) < 0.001
-
-
-@torch.no_grad()
-def build_rpn_targets(
-    anchors: Tensor,
-    class_ids: Tensor,
-    gt_boxes: Tensor,
-    config: Config,
-    permutation: Callable[..., Tensor] = torch.randperm,
-) -> RPNTargets:
-    """Chooses the anchors of one image that the region proposal network learns from.
-
-    Objects are the anchors of IoU 0.7 or more with an object and, for each object, its best ones;
-    background are those below 0.3 with every object and 0.001 with every crowd. Sampled to
-    RPN_TRAIN_ANCHORS_PER_IMAGE, objects at most half of them.
-
-    Args:
-        anchors: [A, 4] float64, network pixels: in the reference's own arithmetic the best
-            anchors of an object are often several of exactly the same IoU.
-        class_ids: [G] int64, negative for crowds.
-        gt_boxes: [G, 4], network pixels.
-        permutation: the source of randomness, see sample.
-
-    Source: Faster R-CNN paper, section 3.1.2.
-    """
-    overlaps, clear = match_boxes(anchors, class_ids, gt_boxes)
-    iou, assignment = overlaps.max(dim=0)
-    best_iou = overlaps.amax(dim=1, keepdim=True)
-    # An object that no anchor touches has no best anchor.
-    best = ((overlaps == best_iou) & (best_iou > 0)).any(dim=0)
-    objects = best | (iou >= 0.7)
-    background = (iou < 0.3) & clear & ~best
-
-    count = config.RPN_TRAIN_ANCHORS_PER_IMAGE
-    positive = sample(objects, count // 2, permutation)
-    negative = sample(background, count - len(positive), permutation)
-    match = torch.zeros(len(anchors), dtype=torch.int8, device=anchors.device)
-    match[positive], match[negative] = 1, -1
-    # Upstream: the object that the anchor overlaps most, even if it is the best of another one.
-    assigned = gt_boxes[class_ids > 0][assignment[positive]]
-    deltas = utils.box_refinement(anchors[positive], assigned)
-    return RPNTargets(match, deltas / deltas.new_tensor(config.RPN_BBOX_STD_DEV))
-
-
-@torch.no_grad()
-def sample_rois(
-    proposals: Tensor,
-    class_ids: Tensor,
-    gt_boxes: Tensor,
-    masks: Tensor,
-    config: Config,
-    permutation: Callable[..., Tensor] = torch.randperm,
-) -> RoiTargets:
-    """Chooses the proposals of one image that the heads learn from, and what they should say.
-
-    Objects are the proposals of IoU 0.5 or more with an object; background are those below 0.5
-    with every object and 0.001 with every crowd. At most TRAIN_ROIS_PER_IMAGE, of which the share
-    ROI_POSITIVE_RATIO are objects; where there are fewer objects there is less background too.
-    Upstream: so proposals that all miss the objects of an image teach nothing, which keeps a new
-    network from learning that everything is background. From an image without objects upstream
-    learns nothing either; here it gives as much background as a full sample has. Keras fills the
-    sample up with empty boxes, which its class loss takes for background; here there are none.
-
-    Args:
-        proposals: [N, 4] float32, unit frame.
-        class_ids: [G] int64, negative for crowds.
-        gt_boxes: [G, 4] float32, unit frame.
-        masks: [G, h, w] bool, cut to the boxes if USE_MINI_MASK, else of the network input.
-        permutation: the source of randomness, see sample.
-
-    Source: Mask R-CNN paper, section 3.1, training.
-    """
-    overlaps, clear = match_boxes(proposals, class_ids, gt_boxes)
-    iou, assignment = overlaps.max(dim=0)
-    most = int(config.TRAIN_ROIS_PER_IMAGE * config.ROI_POSITIVE_RATIO)
-    positive = sample(iou >= 0.5, most, permutation)
-    is_object = (class_ids > 0).nonzero()[:, 0]
-    if len(is_object):
-        background_count = int(len(positive) / config.ROI_POSITIVE_RATIO) - len(positive)
-    else:
-        background_count = config.TRAIN_ROIS_PER_IMAGE - most
-    negative = sample((iou < 0.5) & clear, background_count, permutation)
-
-    rois, assigned = proposals[positive], is_object[assignment[positive]]
-    deltas = utils.box_refinement(rois, gt_boxes[assigned])
-    return RoiTargets(
-        torch.cat([rois, proposals[negative]]),
-        F.pad(class_ids[assigned], (0, len(negative))),
-        deltas / deltas.new_tensor(config.BBOX_STD_DEV),
-        crop_masks(masks, rois, gt_boxes, assigned, config),
-    )
-
-
-def crop_masks(
-    masks: Tensor, rois: Tensor, gt_boxes: Tensor, assigned: Tensor, config: Config
-) -> Tensor:
-    """The part of a mask that each roi sees, [P, M, M] float32 of 0 and 1.
-
-    Args:
-        masks: [G, h, w] bool, cut to gt_boxes if USE_MINI_MASK, else of the network input.
-        rois: [P, 4] unit frame.
-        gt_boxes: [G, 4] unit frame.
-        assigned: [P] int64, the mask of each roi.
-    """
-    boxes = rois
-    if config.USE_MINI_MASK:
-        corner, far_corner = gt_boxes[assigned].split(2, dim=1)
-        boxes = (rois - corner.repeat(1, 2)) / (far_corner - corner).repeat(1, 2)
-    # As in pyramid_roi_align: rounding must not carry the last sample beyond the mask.
-    boxes = boxes.where(boxes != 1, 1 - 2**-22)
-    height, width = config.MASK_SHAPE
-    crops = crop_and_resize(masks[:, None].float(), boxes, assigned, height, width)
-    return (crops[:, 0] > 0.5).float()
-
-
-############################################################
-#  Losses
-############################################################
-
-# A sum over nothing is 0 and keeps the graph, so that each parameter gets a gradient in each step.
-
-
-def mean(total: Tensor, count: int | Tensor) -> Tensor:
-    """A sum over its number of terms, which here is that of all processes that train together.
-
-    The mean of their gradients then is the gradient of one process that has all of the images.
-    """
-    terms = training.average(torch.as_tensor(count, dtype=torch.float32, device=total.device))
-    return total / terms.clamp(min=1 / training.world_size())
-
-
-def rpn_class_loss(match: Tensor, logits: Tensor) -> Tensor:
-    """Cross entropy of the sampled anchors.
-
-    Args:
-        match: [S] or [B, A] int8, see RPNTargets.
-        logits: [S, 2] or [B, A, 2] background, foreground.
-    """
-    judged = match != 0
-    target = (match[judged] > 0).long()
-    return mean(F.cross_entropy(logits[judged].float(), target, reduction="sum"), len(target))
-
-
-def smooth_l1_loss(target: Tensor, deltas: Tensor) -> Tensor:
-    """Mean over all numbers (Fast R-CNN paper, equation 3)."""
-    return mean(F.smooth_l1_loss(deltas.float(), target, reduction="sum"), target.numel())
-
-
-def rpn_bbox_loss(target_deltas: Tensor, match: Tensor, deltas: Tensor) -> Tensor:
-    """Smooth L1 distance of the anchors that are objects.
-
-    Args:
-        target_deltas: [P, 4] of the anchors with match 1, image by image.
-        match: [S] or [B, A] int8, see RPNTargets.
-        deltas: [S, 4] or [B, A, 4].
-    """
-    return smooth_l1_loss(target_deltas, deltas[match == 1])
-
-
-def mrcnn_class_loss(target_class_ids: Tensor, logits: Tensor, active: Tensor) -> Tensor:
-    """Cross entropy of the rois.
-
-    A data set without a class does not tell that a roi is not of that class: rois for which such a
-    class is the likeliest are left out.
-
-    Args:
-        target_class_ids: [R] int64.
-        logits: [R, K].
-        active: [R, K] bool, the classes that the data set of the roi's image has.
-    """
-    losses = F.cross_entropy(logits.float(), target_class_ids, reduction="none")
-    judged = active.gather(1, logits.argmax(dim=1, keepdim=True))[:, 0]
-    return mean((losses * judged).sum(), judged.sum())
-
-
-def mrcnn_bbox_loss(target_deltas: Tensor, target_class_ids: Tensor, deltas: Tensor) -> Tensor:
-    """Smooth L1 distance of the rois that are objects, in the deltas of their class.
-
-    Args:
-        target_deltas: [P, 4] of the rois with a class.
-        target_class_ids: [R] int64.
-        deltas: [R, K, 4].
-    """
-    positive = target_class_ids.nonzero()[:, 0]
-    return smooth_l1_loss(target_deltas, deltas[positive, target_class_ids[positive]])
-
-
-def mrcnn_mask_loss(target_masks: Tensor, logits: Tensor) -> Tensor:
-    """Binary cross entropy of the masks of rois that are objects.
-
-    Computed from logits, which loses no digits. Keras computes it from probabilities, which it
-    clips to 1e-7 and adds 1e-7 to in the logarithm, so the loss of a pixel ends at -log(2e-7);
-    beyond it there is no gradient. The clamp says the same of logits.
-
-    Args:
-        target_masks: [P, M, M] float32, 0 or 1.
-        logits: [P, M, M] of the class of each roi.
-    """
-    limit = -math.log(2e-7)
-    logits = logits.float().clamp(-limit, limit)
-    losses = F.binary_cross_entropy_with_logits(logits, target_masks, reduction="sum")
-    return mean(losses, target_masks.numel())
 
 
 ############################################################
@@ -779,6 +535,63 @@ def refine_detections(
     return Detections(boxes[keep], class_ids[keep], scores[keep], image_index[keep], rows[keep])
 
 
+def unmold_boxes(boxes: Tensor, window: Tensor, image_shape: Sequence[int]) -> Tensor:
+    """Boxes [N, 4] of the unit frame in image pixels, int32.
+
+    Args:
+        window: [4] unit frame, the part of the network input that shows the image.
+        image_shape: (height, width, ...) of the image.
+    """
+    # A window of one pixel has no extent in the unit frame.
+    shift, scale = window[:2].repeat(2), (window[2:] - window[:2]).clamp(min=1e-9).repeat(2)
+    return utils.denorm_boxes((boxes - shift) / scale, image_shape)
+
+
+def unmold_detections(
+    prediction: Prediction, image: int, image_shape: Sequence[int], window: Tensor, masks: str
+) -> dict[str, Any]:
+    """The detections of one image of a batch, in the form that MaskRCNN.detect returns.
+
+    Args:
+        image: position in the batch.
+        image_shape: (height, width, ...) of the image before it was molded.
+        window: [4] unit frame, the part of the network input that shows the image.
+        masks: "full", "rle" or "box".
+    """
+    detections = prediction.detections
+    members = (detections.image_index == image).nonzero()[:, 0]
+    boxes = unmold_boxes(detections.boxes[members], window, image_shape)
+    # Boxes thinner than a pixel of the image can round to nothing.
+    visible = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1)
+    boxes, members = boxes[visible], members[visible]
+
+    height, width = image_shape[:2]
+    corners = boxes.tolist()
+    pasted = (
+        utils.paste_mask(probs, y2 - y1, x2 - x1)
+        for probs, (y1, x1, y2, x2) in zip(prediction.mask_probs[members], corners, strict=True)
+    )
+    found: Any
+    if masks == "box":
+        found = [mask.cpu().numpy() for mask in pasted]
+    elif masks == "rle":
+        found = [
+            utils.rle_encode(mask.cpu().numpy(), box, (height, width))
+            for mask, box in zip(pasted, corners, strict=True)
+        ]
+    else:
+        canvas = torch.zeros(len(corners), height, width, dtype=torch.bool, device=boxes.device)
+        for row, mask, (y1, x1, y2, x2) in zip(canvas, pasted, corners, strict=True):
+            row[y1:y2, x1:x2] = mask
+        found = canvas.permute(1, 2, 0).cpu().numpy()  # [H, W, N]
+    return {
+        "rois": boxes.cpu().numpy(),
+        "class_ids": detections.class_ids[members].to(torch.int32).cpu().numpy(),
+        "scores": detections.scores[members].cpu().numpy(),
+        "masks": found,
+    }
+
+
 ############################################################
 #  Mask R-CNN
 ############################################################
@@ -801,17 +614,23 @@ class MaskRCNN(nn.Module):
     Args:
         config: checked and kept; some of its options are read again in each call.
         model_dir: folder for the logs and checkpoints of training; made when first written to.
+        mode: "training" or "inference", as Matterport has it; None is "training". Later on,
+            model.train() and model.eval() change it.
 
     Raises:
-        ValueError: the config contradicts itself.
+        ValueError: the config contradicts itself, or there is no such mode.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, config: Config, model_dir: str | Path = "logs") -> None:
+    def __init__(
+        self, config: Config, model_dir: str | Path = "logs", mode: str | None = None
+    ) -> None:
         super().__init__()
         config.validate()
+        if mode not in (None, "training", "inference"):
+            raise ValueError(f"mode must be 'training' or 'inference', got {mode!r}")
         self.config = config
         self.model_dir = Path(model_dir)
         pyramid = config.TOP_DOWN_PYRAMID_SIZE
@@ -826,11 +645,11 @@ class MaskRCNN(nn.Module):
         channels = config.IMAGE_CHANNEL_COUNT
         self.register_buffer("mean", torch.empty(channels, 1, 1), persistent=False)
         self.register_buffer("std", torch.empty(channels, 1, 1), persistent=False)
-        self.run = training.Run()
+        self.run = checkpoints.Run()
         self._anchors: dict[tuple, tuple[Tensor, Tensor]] = {}
         self._initialize_weights()
         self.set_backbone_style(config.BACKBONE_STYLE)
-        self.train()
+        self.train(mode != "inference")
 
     def _initialize_weights(self) -> None:
         """Glorot's uniform distribution and zero biases, as Keras does."""
@@ -852,8 +671,17 @@ class MaskRCNN(nn.Module):
     def device(self) -> torch.device:
         return self.mean.device
 
-    def train(self, mode: bool = True) -> "MaskRCNN":
-        """Training mode, in which BatchNorm stays frozen unless config.TRAIN_BN."""
+    def train(self, mode: bool = True, *arguments: Any, **options: Any) -> "MaskRCNN":
+        """Training mode, in which BatchNorm stays frozen unless config.TRAIN_BN.
+
+        Raises:
+            TypeError: a data set, with which Matterport's train() began to train.
+        """
+        if not isinstance(mode, bool) or arguments or options:
+            raise TypeError(
+                "train() takes True or False, as in any module of PyTorch; to train on data use"
+                " train_model(train_dataset, val_dataset, learning_rate, epochs, layers)"
+            )
         super().train(mode)
         if mode:
             fused.drop(self)
@@ -874,241 +702,6 @@ class MaskRCNN(nn.Module):
         Nothing else changes: weights may still be loaded, changed and trained. See fused.py.
         """
         fused.prepare(self)
-
-    def set_trainable(self, layers: str) -> int:
-        r"""Lets training change the chosen layers and no others.
-
-        BatchNorm layers are left out unless config.TRAIN_BN.
-
-        Args:
-            layers: "heads" (all but the ResNet), "3+", "4+" or "5+" (also C3, C4 or C5 and up),
-                "all", or a regular expression for whole parameter names, e.g. r"mask\..*".
-
-        Returns:
-            The number of parameters (tensors) that training changes.
-
-        Raises:
-            ValueError: there is none.
-        """
-        pattern = LAYERS.get(layers, layers)
-        frozen = {
-            parameter
-            for module in self.modules()
-            if isinstance(module, nn.BatchNorm2d) and not self.config.TRAIN_BN
-            for parameter in module.parameters()
-        }
-        chosen = {
-            name
-            for name, parameter in self.named_parameters()
-            if re.fullmatch(pattern, name) and parameter not in frozen
-        }
-        if not chosen:
-            raise ValueError(
-                f"layers must be one of {', '.join(LAYERS)} or a regular expression that matches"
-                f" trainable parameters, got {layers!r}; see model.named_parameters()"
-            )
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name in chosen)
-        logger.info("layers %r: training changes %d parameters", layers, len(chosen))
-        return len(chosen)
-
-    def set_backbone_style(self, style: str) -> None:
-        """Makes the ResNet compute what its weights were trained with.
-
-        Called by load_weights. config.BACKBONE_STYLE is where a new model starts; what came of it
-        is kept in backbone_style and in checkpoints.
-
-        Args:
-            style: "keras" (stride in the first 1 x 1 convolution of a stage, SAME padding of the
-                pooling, BatchNorm eps 1e-3, images minus MEAN_PIXEL) or "torchvision" (stride in
-                the 3 x 3 convolution, symmetric padding, eps 1e-5, torchvision's mean and std).
-
-        Raises:
-            ValueError: no such style, or one that the config does not allow.
-        """
-        # In a copy, since other models may share the config.
-        wanted = copy.copy(self.config)
-        wanted.BACKBONE_STYLE = style
-        wanted.validate()
-        self.backbone_style = style
-        torchvision = style == "torchvision"
-        mean = TORCHVISION_MEAN if torchvision else self.config.MEAN_PIXEL
-        std = TORCHVISION_STD if torchvision else [1.0] * len(mean)
-        self.mean.copy_(torch.tensor(mean).view(-1, 1, 1))
-        self.std.copy_(torch.tensor(std).view(-1, 1, 1))
-        for module in self.fpn.modules():
-            if isinstance(module, BatchNorm2d):
-                module.eps = 1e-5 if torchvision else 1e-3
-            elif isinstance(module, StemPool):
-                module.padding, module.ceil_mode = (1, False) if torchvision else (0, True)
-            elif isinstance(module, Bottleneck):
-                # The first block of C3, C4 and C5 has the strides 1 and 2, in this order or that.
-                strides = sorted(
-                    [module.conv1.stride, module.conv2.stride], reverse=not torchvision
-                )
-                module.conv1.stride, module.conv2.stride = strides
-
-    def load_weights(self, path: str | Path, **options: Any) -> weights.LoadReport:
-        """Loads a file of any known format; see weights.load_weights for the options.
-
-        Args:
-            path: a .h5 or .pth file, "coco" or "imagenet".
-        """
-        if str(path) == "imagenet":
-            path = self.config.IMAGENET_MODEL_PATH or path
-        return weights.load_weights(self, path, **options)
-
-    @classmethod
-    def from_weights(cls, path: str | Path, **options: Any) -> "MaskRCNN":
-        """A model in inference mode that fits a weight file, with its weights.
-
-        Args:
-            path: "coco", or a .h5 or .pth file, which tells depth, widths and classes; our own
-                checkpoints tell the whole configuration.
-            options: of Config, e.g. DETECTION_MIN_CONFIDENCE=0.5; they win over the file's.
-        """
-        file = weights.read_state_dict(weights.find_weights(path))
-        known = {k: v for k, v in weights.read_options(file).items() if hasattr(Config, k)}
-        model = cls(Config(**{**known, **options}))
-        weights.load_weights(model, file, verbose=False)
-        return model.eval()
-
-    @property
-    def epoch(self) -> int:
-        """Finished epochs of the run."""
-        return self.run.epoch
-
-    @property
-    def log_dir(self) -> Path | None:
-        """The folder of the run's checkpoints and logs; None before its first step."""
-        return self.run.log_dir
-
-    def find_last(self) -> Path:
-        """The newest checkpoint of config.NAME's runs in model_dir; FileNotFoundError if none."""
-        return training.find_checkpoints(self.model_dir, self.config.NAME)[0]
-
-    def resume(self, path: str | Path | None = None) -> Path:
-        """Loads a checkpoint of a run so that the next train_model goes on with it.
-
-        On a CPU the run then ends with the bits of one that was never stopped, as long as the
-        config and the arguments of train_model stay the same.
-
-        Args:
-            path: None for the newest one in model_dir that can be read.
-
-        Returns:
-            The checkpoint that was loaded.
-
-        Raises:
-            FileNotFoundError, ValueError: there is none, or none can be read.
-        """
-        if path is None:
-            paths = training.find_checkpoints(self.model_dir, self.config.NAME)
-        else:
-            paths = [Path(path)]
-        return training.resume(self, self.run, paths)
-
-    def train_model(
-        self,
-        train_dataset: utils.Dataset,
-        val_dataset: utils.Dataset | None,
-        learning_rate: float,
-        epochs: int,
-        layers: str,
-        augmentation: Augmentation | None = None,
-        callbacks: Sequence[training.Callback] = (),
-        evaluate: Callable[["MaskRCNN"], dict[str, float]] | None = None,
-    ) -> None:
-        """Trains one stage; the README says what it leaves in log_dir.
-
-        Args:
-            train_dataset: prepared.
-            val_dataset: prepared, or None. Its losses are computed after each epoch.
-            learning_rate: at the beginning, see LR_SCHEDULE.
-            epochs: to have finished at the end, counted from the beginning of the run: a second
-                stage of 10 epochs after one of 20 says 30. A stage that is done returns at once.
-            layers: see set_trainable.
-            augmentation: of the training images, see dataset.py.
-            callbacks: called with the record of each epoch, a dict as in history.jsonl; one that
-                returns True ends the training. Under torchrun in the main process only.
-            evaluate: gives numbers for the record, such as coco.py's segm_AP, every
-                EVALUATE_EVERY epochs and after the last. Called in all processes; what the main
-                one gives counts.
-
-        Raises:
-            KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint was saved.
-            training.NonFiniteLossError: a loss became NaN or infinite. It names the images.
-            ValueError: the data, config or layers do not fit.
-            OSError: the last checkpoint could not be written.
-        """
-        self.config.CLASS_NAMES = list(train_dataset.class_names)
-        self.set_trainable(layers)
-        self.train()
-        for part in (self.fpn, self.rpn, self.mask):  # a fifth faster than contiguous weights
-            part.to(memory_format=torch.channels_last)
-        if self.config.COMPILE:
-            self.fpn.compile()
-        training.fit(
-            self,
-            self.config,
-            self.run,
-            self.model_dir,
-            train_dataset,
-            val_dataset,
-            learning_rate,
-            epochs,
-            layers,
-            augmentation,
-            callbacks,
-            evaluate,
-        )
-
-    def get_anchors(self, image_shape: Sequence[int]) -> Tensor:
-        """Anchors [A, 4] float32, unit frame, for a network input of (height, width) pixels."""
-        return self._all_anchors(image_shape)[1]
-
-    def _all_anchors(self, image_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Anchors [A, 4], float64 network pixels and float32 unit frame."""
-        config = self.config
-        arguments = (
-            config.RPN_ANCHOR_SCALES,
-            config.RPN_ANCHOR_RATIOS,
-            config.backbone_shapes(image_shape),
-            config.BACKBONE_STRIDES,
-            config.RPN_ANCHOR_STRIDE,
-        )
-        key = (*image_shape[:2], self.device, str(arguments))
-        if key not in self._anchors:
-            anchors = utils.generate_pyramid_anchors(*arguments)
-            frames = anchors, utils.norm_boxes(anchors, image_shape)
-            pixels, unit = (torch.from_numpy(x).to(self.device) for x in frames)
-            if len(self._anchors) == 8:  # in mode "pad64" each image may have a shape of its own
-                self._anchors.pop(next(iter(self._anchors)))
-            self._anchors[key] = pixels, unit
-        return self._anchors[key]
-
-    def normalize(self, images: Tensor) -> Tensor:
-        """Network input of images [B, C, H, W] uint8: float32, minus the mean, over the std."""
-        return (images - self.mean) / self.std
-
-    def propose(
-        self, features: Sequence[Tensor], image_shape: Sequence[int]
-    ) -> tuple[RPNOutput, Rois]:
-        """Runs the region proposal network on P2..P6."""
-        levels = [self.rpn(feature) for feature in features]
-        rpn = RPNOutput(
-            torch.cat([level.logits for level in levels], dim=1),
-            torch.cat([level.deltas for level in levels], dim=1),
-        )
-        config = self.config
-        count = config.POST_NMS_ROIS_TRAINING if self.training else config.POST_NMS_ROIS_INFERENCE
-        anchors = self.get_anchors(image_shape)
-        if len(anchors) != rpn.logits.shape[1]:
-            raise ValueError(
-                f"COMPUTE_BACKBONE_SHAPE must give the sizes of P2..P6, {len(anchors)} anchors for"
-                f" {tuple(image_shape)} pixels, got {rpn.logits.shape[1]} from the network"
-            )
-        return rpn, proposal_layer(rpn, anchors, count, config)
 
     def forward(
         self, images: Tensor, targets: Sequence[Mapping[str, Any]] | None = None
@@ -1135,71 +728,12 @@ class MaskRCNN(nn.Module):
         """
         check_batch(images, targets, self.config)
         images = images.to(self.device)
-        if targets is None:
-            if self.training:
-                raise ValueError("training mode needs targets; call model.eval() to predict")
-            whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=self.device)
-            return self.predict(images, whole.expand(len(images), 4))
-        fused.drop(self)  # whoever detected before, losses do not depend on it
-        config, image_shape = self.config, images.shape[2:]
-        features = self.fpn(self.normalize(images))
-        with torch.no_grad():
-            _, proposals = self.propose(features, image_shape)
-        anchors, _ = self._all_anchors(image_shape)
-        rpn_targets, roi_targets, active = [], [], []
-        every_class = torch.ones(config.NUM_CLASSES, dtype=torch.bool)
-        for i, target in enumerate(targets):
-            names = ("class_ids", "boxes", "masks")
-            class_ids, boxes, masks = (target[name].to(self.device) for name in names)
-            rpn_targets.append(build_rpn_targets(anchors, class_ids, boxes, config))
-            rois = proposals.boxes[proposals.image_index == i]
-            if not config.USE_RPN_ROIS:
-                rois = utils.norm_boxes(target["rois"].to(self.device), image_shape)
-            unit_boxes = utils.norm_boxes(boxes, image_shape)
-            roi_targets.append(sample_rois(rois, class_ids, unit_boxes, masks, config))
-            active.append(target.get("active_class_ids", every_class).to(self.device))
-        return self.compute_losses(
-            features, image_shape, rpn_targets, roi_targets, torch.stack(active)
-        )
-
-    def compute_losses(
-        self,
-        features: Sequence[Tensor],
-        image_shape: Sequence[int],
-        rpn_targets: Sequence[RPNTargets],
-        roi_targets: Sequence[RoiTargets],
-        active: Tensor,
-    ) -> dict[str, Tensor]:
-        """Runs the heads on the sampled rois of all images and compares; see forward.
-
-        Args:
-            features: P2..P6.
-            active: [B, K] bool, the classes that the data set of each image has.
-        """
-        match = torch.stack([target.match for target in rpn_targets])  # [B, A]
-        judged = match.nonzero(as_tuple=True)
-        match, rpn = match[judged], self.rpn.at(features, *judged)
-        features = features[:4]
-        counts = torch.tensor([len(target.rois) for target in roi_targets], device=self.device)
-        image_index = torch.arange(len(counts), device=self.device).repeat_interleave(counts)
-        rois = Rois(torch.cat([target.rois for target in roi_targets]), image_index)
-        class_ids = torch.cat([target.class_ids for target in roi_targets])
-        positive = class_ids.nonzero()[:, 0]
-        objects = Rois(rois.boxes[positive], rois.image_index[positive])
-
-        class_logits, class_deltas = self.classifier(features, rois, image_shape)
-        mask_logits = self.mask(features, objects, class_ids[positive], image_shape)
-        rpn_deltas = torch.cat([target.deltas for target in rpn_targets])
-        deltas = torch.cat([target.deltas for target in roi_targets])
-        masks = torch.cat([target.masks for target in roi_targets])
-        losses = {
-            "rpn_class_loss": rpn_class_loss(match, rpn.logits),
-            "rpn_bbox_loss": rpn_bbox_loss(rpn_deltas, match, rpn.deltas),
-            "mrcnn_class_loss": mrcnn_class_loss(class_ids, class_logits, active[image_index]),
-            "mrcnn_bbox_loss": mrcnn_bbox_loss(deltas, class_ids, class_deltas),
-            "mrcnn_mask_loss": mrcnn_mask_loss(masks, mask_logits),
-        }
-        return {name: self.config.LOSS_WEIGHTS[name] * loss for name, loss in losses.items()}
+        if targets is not None:
+            return self.compute_losses(images, targets)
+        if self.training:
+            raise ValueError("training mode needs targets; call model.eval() to predict")
+        whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=self.device)
+        return self.predict(images, whole.expand(len(images), 4))
 
     @torch.no_grad()
     def predict(self, images: Tensor, windows: Tensor) -> Prediction:
@@ -1296,144 +830,323 @@ class MaskRCNN(nn.Module):
             images [B, C, H, W] uint8 on the model's device, and windows [B, 4] float32, unit
             frame, the part of each that shows the image.
         """
-        config = self.config
-        if config.IMAGE_RESIZE_MODE == "crop":
+        if self.config.IMAGE_RESIZE_MODE == "crop":
             raise ValueError("IMAGE_RESIZE_MODE 'crop' is for training; detect with 'square'")
-        resized = [
-            utils.resize_image(
-                image,
-                min_dim=config.IMAGE_MIN_DIM,
-                max_dim=config.IMAGE_MAX_DIM,
-                min_scale=config.IMAGE_MIN_SCALE,
-                mode=config.IMAGE_RESIZE_MODE,
-            )
-            for image in images
-        ]
-        height, width = resized[0].image.shape[:2]
-        if height % 64 or width % 64:
-            raise ValueError(
-                f"image sides must be multiples of 64 in mode 'none', got {height} x {width};"
-                " use IMAGE_RESIZE_MODE 'pad64'"
-            )
+        resized = [resize_to_network(image, self.config) for image in images]
         molded = torch.from_numpy(np.stack([item.image for item in resized]))
         corners = np.stack([item.window for item in resized])
-        windows = torch.from_numpy(utils.norm_boxes(corners, (height, width)))
+        windows = torch.from_numpy(utils.norm_boxes(corners, molded.shape[1:3]))
         return molded.to(self.device).permute(0, 3, 1, 2), windows.to(self.device)
 
+    def normalize(self, images: Tensor) -> Tensor:
+        """Network input of images [B, C, H, W] uint8: float32, minus the mean, over the std."""
+        return (images - self.mean) / self.std
 
-def check_batch(
-    images: Tensor, targets: Sequence[Mapping[str, Any]] | None, config: Config
-) -> None:
-    """Raises TypeError or ValueError unless MaskRCNN.forward can use images and targets."""
-
-    def check(name: str, tensor: object, dtype: torch.dtype, shape: Sequence[int | str]) -> None:
-        if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
-            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name} must be a tensor of {dtype}, got {kind}")
-        wrong = any(
-            isinstance(n, int) and n != m for n, m in zip(shape, tensor.shape, strict=False)
+    def propose(
+        self, features: Sequence[Tensor], image_shape: Sequence[int]
+    ) -> tuple[RPNOutput, Rois]:
+        """Runs the region proposal network on P2..P6."""
+        levels = [self.rpn(feature) for feature in features]
+        rpn = RPNOutput(
+            torch.cat([level.logits for level in levels], dim=1),
+            torch.cat([level.deltas for level in levels], dim=1),
         )
-        if wrong or len(shape) != tensor.dim():
-            expected = ", ".join(map(str, shape))
-            raise ValueError(f"{name} must have shape [{expected}], got {list(tensor.shape)}")
-
-    check("images", images, torch.uint8, ("B", config.IMAGE_CHANNEL_COUNT, "H", "W"))
-    height, width = images.shape[2:]
-    if len(images) == 0 or height == 0 or width == 0 or height % 64 or width % 64:
-        raise ValueError(
-            f"images must be one or more with sides that are multiples of 64, got shape"
-            f" {list(images.shape)}; resize them with utils.resize_image"
-        )
-    if targets is None:
-        return
-    if len(targets) != len(images):
-        raise ValueError(
-            f"targets must have a dict for each image, got {len(targets)} for {len(images)} images"
-        )
-    classes = config.NUM_CLASSES
-    needed = {"class_ids", "boxes", "masks"} | (set() if config.USE_RPN_ROIS else {"rois"})
-    mask_shape = config.MINI_MASK_SHAPE if config.USE_MINI_MASK else (height, width)
-    for i, target in enumerate(targets):
-        prefix = f"targets[{i}]"
-        missing = needed - target.keys()
-        if missing:
-            raise ValueError(f"{prefix} must have {', '.join(sorted(needed))}, lacks {missing}")
-        class_ids, boxes = target["class_ids"], target["boxes"]
-        check(f"{prefix} class_ids", class_ids, torch.int64, ("N",))
-        count = len(class_ids)
-        check(f"{prefix} boxes", boxes, torch.float32, (count, 4))
-        check(f"{prefix} masks", target["masks"], torch.bool, (count, *mask_shape))
-        if "active_class_ids" in target:
-            active = target["active_class_ids"]
-            check(f"{prefix} active_class_ids", active, torch.bool, (classes,))
-        if not config.USE_RPN_ROIS:
-            check(f"{prefix} rois", target["rois"], torch.float32, ("M", 4))
-        strange = class_ids[(class_ids == 0) | (class_ids.abs() >= classes)]
-        if len(strange):
+        config = self.config
+        count = config.POST_NMS_ROIS_TRAINING if self.training else config.POST_NMS_ROIS_INFERENCE
+        anchors = self.get_anchors(image_shape)
+        if len(anchors) != rpn.logits.shape[1]:
             raise ValueError(
-                f"{prefix} class_ids must be 1..{classes - 1}, or negative for crowds, got"
-                f" {strange[0].item()}; NUM_CLASSES counts the background too"
+                f"COMPUTE_BACKBONE_SHAPE must give the sizes of P2..P6, {len(anchors)} anchors for"
+                f" {tuple(image_shape)} pixels, got {rpn.logits.shape[1]} from the network"
             )
-        good = boxes.isfinite().all(dim=1) & (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-        if not good.all():
+        return rpn, proposal_layer(rpn, anchors, count, config)
+
+    def get_anchors(self, image_shape: Sequence[int]) -> Tensor:
+        """Anchors [A, 4] float32, unit frame, for a network input of (height, width) pixels."""
+        return self._all_anchors(image_shape)[1]
+
+    def _all_anchors(self, image_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Anchors [A, 4], float64 network pixels and float32 unit frame."""
+        options = self.config.anchor_options(image_shape)
+        key = (*image_shape[:2], self.device, str(options))
+        if key not in self._anchors:
+            anchors = utils.generate_pyramid_anchors(**options)
+            frames = anchors, utils.norm_boxes(anchors, image_shape)
+            pixels, unit = (torch.from_numpy(x).to(self.device) for x in frames)
+            if len(self._anchors) == 8:  # in mode "pad64" each image may have a shape of its own
+                self._anchors.pop(next(iter(self._anchors)))
+            self._anchors[key] = pixels, unit
+        return self._anchors[key]
+
+    def compute_losses(
+        self, images: Tensor, targets: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Tensor]:
+        """The losses of a batch that is on the model's device, see forward."""
+        fused.drop(self)  # whoever detected before, losses do not depend on it
+        image_shape = images.shape[2:]
+        features = self.fpn(self.normalize(images))
+        with torch.no_grad():
+            _, proposals = self.propose(features, image_shape)
+        rpn_targets, roi_targets = self._build_targets(targets, proposals, image_shape)
+
+        match = torch.stack([target.match for target in rpn_targets])  # [B, A]
+        judged = match.nonzero(as_tuple=True)
+        match, rpn = match[judged], self.rpn.at(features, *judged)
+        rpn_deltas = torch.cat([target.deltas for target in rpn_targets])
+
+        features = features[:4]
+        counts = torch.tensor([len(target.rois) for target in roi_targets], device=self.device)
+        image_index = torch.arange(len(counts), device=self.device).repeat_interleave(counts)
+        rois = Rois(torch.cat([target.rois for target in roi_targets]), image_index)
+        class_ids = torch.cat([target.class_ids for target in roi_targets])
+        class_logits, class_deltas = self.classifier(features, rois, image_shape)
+        every_class = torch.ones(self.config.NUM_CLASSES, dtype=torch.bool)
+        active = [target.get("active_class_ids", every_class).to(self.device) for target in targets]
+        deltas = torch.cat([target.deltas for target in roi_targets])
+
+        positive = class_ids.nonzero()[:, 0]
+        objects = Rois(rois.boxes[positive], rois.image_index[positive])
+        mask_logits = self.mask(features, objects, class_ids[positive], image_shape)
+        masks = torch.cat([target.masks for target in roi_targets])
+        losses = {
+            "rpn_class_loss": rpn_class_loss(match, rpn.logits),
+            "rpn_bbox_loss": rpn_bbox_loss(rpn_deltas, match, rpn.deltas),
+            "mrcnn_class_loss": mrcnn_class_loss(
+                class_ids, class_logits, torch.stack(active)[image_index]
+            ),
+            "mrcnn_bbox_loss": mrcnn_bbox_loss(deltas, class_ids, class_deltas),
+            "mrcnn_mask_loss": mrcnn_mask_loss(masks, mask_logits),
+        }
+        return {name: self.config.LOSS_WEIGHTS[name] * loss for name, loss in losses.items()}
+
+    def _build_targets(
+        self, targets: Sequence[Mapping[str, Any]], proposals: Rois, image_shape: Sequence[int]
+    ) -> tuple[list[RPNTargets], list[RoiTargets]]:
+        """What the region proposal network and the heads should say of each image."""
+        config = self.config
+        anchors, _ = self._all_anchors(image_shape)
+        rpn_targets, roi_targets = [], []
+        for i, target in enumerate(targets):
+            names = ("class_ids", "boxes", "masks")
+            class_ids, boxes, masks = (target[name].to(self.device) for name in names)
+            rpn_targets.append(build_rpn_targets(anchors, class_ids, boxes, config))
+            rois = proposals.boxes[proposals.image_index == i]
+            if not config.USE_RPN_ROIS:
+                rois = utils.norm_boxes(target["rois"].to(self.device), image_shape)
+            unit_boxes = utils.norm_boxes(boxes, image_shape)
+            roi_targets.append(sample_rois(rois, class_ids, unit_boxes, masks, config))
+        return rpn_targets, roi_targets
+
+    def set_backbone_style(self, style: str) -> None:
+        """Makes the ResNet compute what its weights were trained with.
+
+        Called by load_weights. config.BACKBONE_STYLE is where a new model starts; what came of it
+        is kept in backbone_style and in checkpoints.
+
+        Args:
+            style: "keras" (stride in the first 1 x 1 convolution of a stage, SAME padding of the
+                pooling, BatchNorm eps 1e-3, images minus MEAN_PIXEL) or "torchvision" (stride in
+                the 3 x 3 convolution, symmetric padding, eps 1e-5, torchvision's mean and std).
+
+        Raises:
+            ValueError: no such style, or one that the config does not allow.
+        """
+        # In a copy, since other models may share the config.
+        wanted = copy.copy(self.config)
+        wanted.BACKBONE_STYLE = style
+        wanted.validate()
+        self.backbone_style = style
+        torchvision = style == "torchvision"
+        mean = TORCHVISION_MEAN if torchvision else self.config.MEAN_PIXEL
+        std = TORCHVISION_STD if torchvision else [1.0] * len(mean)
+        self.mean.copy_(torch.tensor(mean).view(-1, 1, 1))
+        self.std.copy_(torch.tensor(std).view(-1, 1, 1))
+        for module in self.fpn.modules():
+            if isinstance(module, BatchNorm2d):
+                module.eps = 1e-5 if torchvision else 1e-3
+            elif isinstance(module, StemPool):
+                module.padding, module.ceil_mode = (1, False) if torchvision else (0, True)
+            elif isinstance(module, Bottleneck):
+                # The first block of C3, C4 and C5 has the strides 1 and 2, in this order or that.
+                strides = sorted(
+                    [module.conv1.stride, module.conv2.stride], reverse=not torchvision
+                )
+                module.conv1.stride, module.conv2.stride = strides
+
+    def load_weights(
+        self,
+        path: str | Path | weights.WeightFile,
+        exclude: Sequence[str] | None = None,
+        skip_mismatched: bool = False,
+        verbose: bool = True,
+        by_name: bool = True,
+    ) -> weights.LoadReport:
+        """Loads a file of any known format; see weights.load_weights.
+
+        Args:
+            path: a .h5 or .pth file, "coco" or "imagenet".
+            exclude: modules that keep their weights, by our names or Matterport's.
+            skip_mismatched: leave tensors of another shape as they are instead of raising.
+            verbose: print what was loaded.
+            by_name: Matterport's; tensors are always found by their names.
+        """
+        if path == "imagenet":
+            path = self.config.IMAGENET_MODEL_PATH or path
+        return weights.load_weights(self, path, exclude or (), skip_mismatched, verbose)
+
+    @classmethod
+    def from_weights(
+        cls,
+        path: str | Path | weights.WeightFile,
+        config: type[Config] | Config = Config,
+        exclude: Sequence[str] = (),
+        model_dir: str | Path = "logs",
+        **options: Any,
+    ) -> "MaskRCNN":
+        """A model in inference mode with the weights of a file.
+
+        Args:
+            path: "coco", "shapes" or "nuclei"; a .h5 or .pth file, which tells depth, widths and
+                classes, and if it is a checkpoint of ours all options; or what
+                weights.read_state_dict made of one.
+            config: a class of configuration, to be filled with what the file tells; or a
+                configuration to be taken as it is.
+            exclude: modules that start anew, e.g. those of other classes; see load_weights.
+            model_dir: folder for the logs and checkpoints of training.
+            options: of config, e.g. DETECTION_MIN_CONFIDENCE=0.5; they win over the file's.
+
+        Raises:
+            FileNotFoundError, ValueError: see weights.load_weights.
+        """
+        if isinstance(config, type):
+            if not isinstance(path, weights.WeightFile):
+                path = weights.read_state_dict(weights.find_weights(path))
+            known = weights.read_options(path)
+            known = {name: value for name, value in known.items() if config.has_option(name)}
+            config = config(**known | options)
+        elif options:
+            raise TypeError(f"options must be set in the config that is given, got {options}")
+        model = cls(config, model_dir)
+        logger.info("%s", model.load_weights(path, exclude, verbose=False))
+        return model.eval()
+
+    def set_trainable(self, layers: str) -> int:
+        r"""Lets training change the chosen layers and no others.
+
+        BatchNorm layers are left out unless config.TRAIN_BN.
+
+        Args:
+            layers: "heads" (all but the ResNet), "3+", "4+" or "5+" (also C3, C4 or C5 and up),
+                "all", or a regular expression for whole parameter names, e.g. r"mask\..*".
+
+        Returns:
+            The number of parameters (tensors) that training changes.
+
+        Raises:
+            ValueError: there is none.
+        """
+        pattern = LAYERS.get(layers, layers)
+        frozen = {
+            parameter
+            for module in self.modules()
+            if isinstance(module, nn.BatchNorm2d) and not self.config.TRAIN_BN
+            for parameter in module.parameters()
+        }
+        chosen = {
+            name
+            for name, parameter in self.named_parameters()
+            if re.fullmatch(pattern, name) and parameter not in frozen
+        }
+        if not chosen:
             raise ValueError(
-                f"{prefix} boxes must be finite with y1 < y2 and x1 < x2, got"
-                f" {boxes[~good][0].tolist()}; drop objects without pixels"
+                f"layers must be one of {', '.join(LAYERS)} or a regular expression that matches"
+                f" trainable parameters, got {layers!r}; see model.named_parameters()"
             )
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name in chosen)
+        logger.info("layers %r: training changes %d parameters", layers, len(chosen))
+        return len(chosen)
 
+    def train_model(
+        self,
+        train_dataset: utils.Dataset,
+        val_dataset: utils.Dataset | None,
+        learning_rate: float,
+        epochs: int,
+        layers: str,
+        augmentation: Augmentation | None = None,
+        callbacks: Sequence[training.Callback] = (),
+        evaluate: Callable[["MaskRCNN"], dict[str, float]] | None = None,
+    ) -> None:
+        """Trains one stage; the README says what it leaves in log_dir.
 
-def unmold_boxes(boxes: Tensor, window: Tensor, image_shape: Sequence[int]) -> Tensor:
-    """Boxes [N, 4] of the unit frame in image pixels, int32.
+        Args:
+            train_dataset: prepared.
+            val_dataset: prepared, or None. Its losses are computed after each epoch.
+            learning_rate: at the beginning, see LR_SCHEDULE.
+            epochs: to have finished at the end, counted from the beginning of the run: a second
+                stage of 10 epochs after one of 20 says 30. A stage that is done returns at once.
+            layers: see set_trainable.
+            augmentation: of the training images, see dataset.py.
+            callbacks: called with the record of each epoch, a dict as in history.jsonl; one that
+                returns True ends the training. Under torchrun in the main process only.
+            evaluate: gives numbers for the record, such as coco.py's segm_AP, every
+                EVALUATE_EVERY epochs and after the last. Called in all processes; what the main
+                one gives counts.
 
-    Args:
-        window: [4] unit frame, the part of the network input that shows the image.
-        image_shape: (height, width, ...) of the image.
-    """
-    # A window of one pixel has no extent in the unit frame.
-    shift, scale = window[:2].repeat(2), (window[2:] - window[:2]).clamp(min=1e-9).repeat(2)
-    return utils.denorm_boxes((boxes - shift) / scale, image_shape)
+        Raises:
+            KeyboardInterrupt: SIGINT or SIGTERM came; a checkpoint was saved.
+            training.NonFiniteLossError: a loss became NaN or infinite. It names the images.
+            ValueError: the data, config or layers do not fit.
+            OSError: the last checkpoint could not be written.
+        """
+        self.config.CLASS_NAMES = list(train_dataset.class_names)
+        self.set_trainable(layers)
+        self.train()
+        for part in (self.fpn, self.rpn, self.mask):  # a fifth faster than contiguous weights
+            part.to(memory_format=torch.channels_last)
+        if self.config.COMPILE:
+            self.fpn.compile()
+        stage = training.Stage(layers, learning_rate, epochs)
+        data = training.Data(train_dataset, val_dataset, augmentation)
+        training.fit(self, self.run, stage, data, training.Hooks(evaluate, callbacks))
 
+    @property
+    def epoch(self) -> int:
+        """Finished epochs of the run."""
+        return self.run.epoch
 
-def unmold_detections(
-    prediction: Prediction, image: int, image_shape: Sequence[int], window: Tensor, masks: str
-) -> dict[str, Any]:
-    """The detections of one image of a batch, in the form that MaskRCNN.detect returns.
+    @property
+    def log_dir(self) -> Path | None:
+        """The folder of the run's checkpoints and logs; None before its first step."""
+        return self.run.log_dir
 
-    Args:
-        image: position in the batch.
-        image_shape: (height, width, ...) of the image before it was molded.
-        window: [4] unit frame, the part of the network input that shows the image.
-        masks: "full", "rle" or "box".
-    """
-    detections = prediction.detections
-    members = (detections.image_index == image).nonzero()[:, 0]
-    boxes = unmold_boxes(detections.boxes[members], window, image_shape)
-    # Boxes thinner than a pixel of the image can round to nothing.
-    visible = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1)
-    boxes, members = boxes[visible], members[visible]
+    def find_last(self) -> Path:
+        """The newest checkpoint of config.NAME's runs in model_dir that can be read.
 
-    height, width = image_shape[:2]
-    corners = boxes.tolist()
-    pasted = (
-        utils.paste_mask(probs, y2 - y1, x2 - x1)
-        for probs, (y1, x1, y2, x2) in zip(prediction.mask_probs[members], corners, strict=True)
-    )
-    found: Any
-    if masks == "box":
-        found = [mask.cpu().numpy() for mask in pasted]
-    elif masks == "rle":
-        found = [
-            utils.rle_encode(mask.cpu().numpy(), box, (height, width))
-            for mask, box in zip(pasted, corners, strict=True)
-        ]
-    else:
-        canvas = torch.zeros(len(corners), height, width, dtype=torch.bool, device=boxes.device)
-        for row, mask, (y1, x1, y2, x2) in zip(canvas, pasted, corners, strict=True):
-            row[y1:y2, x1:x2] = mask
-        found = canvas.permute(1, 2, 0).cpu().numpy()  # [H, W, N]
-    return {
-        "rois": boxes.cpu().numpy(),
-        "class_ids": detections.class_ids[members].to(torch.int32).cpu().numpy(),
-        "scores": detections.scores[members].cpu().numpy(),
-        "masks": found,
-    }
+        Raises:
+            FileNotFoundError, ValueError: there is none, or none can be read.
+        """
+        return checkpoints.find_last(self.model_dir, self.config.NAME).path
+
+    def resume(self, path: str | Path | None = None) -> Path:
+        """Loads a checkpoint of a run so that the next train_model goes on with it.
+
+        On a CPU the run then ends with the bits of one that was never stopped, as long as the
+        config and the arguments of train_model stay the same.
+
+        Args:
+            path: None for the newest one in model_dir that can be read.
+
+        Returns:
+            The checkpoint that was loaded.
+
+        Raises:
+            FileNotFoundError, ValueError: there is none, or none can be read.
+        """
+        if path is None:
+            file = checkpoints.find_last(self.model_dir, self.config.NAME)
+        else:
+            file = weights.read_state_dict(path)
+        self.run.resume(self, file)
+        return file.path

@@ -37,6 +37,7 @@ import model as modellib  # noqa: E402
 import utils  # noqa: E402
 from config import Config  # noqa: E402
 from dataset import TorchDataset, collate  # noqa: E402
+from targets import build_rpn_targets, sample_rois  # noqa: E402
 
 CLASSES = 81
 # Trainable stages of torchvision's backbone, C5 first.
@@ -160,29 +161,30 @@ def make_batches(
     pairs = []
     for i in range(len(ours)):
         item = ours[i]
-        if (item["class_ids"] > 0).any():
+        if (item[1]["class_ids"] > 0).any():
             pairs.append((item, theirs[i]))
         if len(pairs) == args.batch * args.batches:
             break
     batches = []
     for start in range(0, len(pairs) - args.batch + 1, args.batch):
-        targets, rival_targets, images = [], [], []
-        for item, whole in pairs[start : start + args.batch]:
-            objects = item["class_ids"] > 0
-            item["rois"] = boxes_around(item["boxes"][objects], args.size)
-            targets.append(item)
+        members = pairs[start : start + args.batch]
+        rival_images, rival_targets = [], []
+        for (_, target), (image, whole) in members:
+            objects = target["class_ids"] > 0
+            target["rois"] = boxes_around(target["boxes"][objects], args.size)
             flip = [1, 0, 3, 2]  # x1, y1, x2, y2
-            images.append(whole["image"] / 255)
+            rival_images.append(image / 255)
             rival_targets.append(
                 {
                     "boxes": whole["boxes"][objects][:, flip],
                     "labels": whole["class_ids"][objects],
                     "masks": whole["masks"][objects].to(torch.uint8),
-                    "rois": item["rois"][:, flip],
+                    "rois": target["rois"][:, flip],
                 }
             )
-        batch = {"rival_images": images, "rival_targets": rival_targets, "targets": targets}
-        batches.append({**batch, "images": collate(targets)["images"]})
+        images, targets = collate([item for item, _ in members])
+        batch = {"images": images, "targets": targets}
+        batches.append({**batch, "rival_images": rival_images, "rival_targets": rival_targets})
     if not batches:
         raise ValueError(f"a data set must have {args.batch} images with objects or more")
     return batches
@@ -205,9 +207,9 @@ def build_targets(model: modellib.MaskRCNN, batch: dict[str, Any]) -> None:
     anchors, _ = model._all_anchors(image_shape)
     for target in batch["targets"]:
         class_ids, boxes = target["class_ids"], target["boxes"]
-        modellib.build_rpn_targets(anchors, class_ids, boxes, model.config)
+        build_rpn_targets(anchors, class_ids, boxes, model.config)
         rois, unit = (utils.norm_boxes(x, image_shape) for x in (target["rois"], boxes))
-        modellib.sample_rois(rois, class_ids, unit, target["masks"], model.config)
+        sample_rois(rois, class_ids, unit, target["masks"], model.config)
 
 
 def main() -> None:

@@ -21,6 +21,9 @@ import torch
 from conftest import ROOT, TinyNetwork
 from torch import nn
 
+import checkpoints
+import distributed
+import history
 import model as modellib
 import training
 import utils
@@ -113,7 +116,7 @@ def wait_for_step(process, model_dir, step):
 
 
 def final_weights(model_dir):
-    return weights.read_state_dict(training.find_checkpoints(model_dir, "tiny")[0]).state_dict
+    return weights.read_state_dict(checkpoints.find_checkpoints(model_dir, "tiny")[0]).state_dict
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +126,8 @@ def uninterrupted(tmp_path_factory):
     process = start(folder, "new")
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    checkpoint = training.find_checkpoints(folder, "tiny")[0]
-    return final_weights(folder), training.read_history(checkpoint.parent)
+    checkpoint = checkpoints.find_checkpoints(folder, "tiny")[0]
+    return final_weights(folder), history.read_history(checkpoint.parent)
 
 
 def without_times(records):
@@ -138,7 +141,7 @@ def test_a_killed_run_resumes_to_the_same_bits(uninterrupted, tmp_path, step):
     process.kill()
     assert process.wait() == -signal.SIGKILL
     process.communicate()
-    before = training.find_checkpoints(tmp_path, "tiny")
+    before = checkpoints.find_checkpoints(tmp_path, "tiny")
     assert before
 
     process = start(tmp_path, "resume")
@@ -147,7 +150,7 @@ def test_a_killed_run_resumes_to_the_same_bits(uninterrupted, tmp_path, step):
     folder = before[0].parent
     assert len(list(tmp_path.iterdir())) == 1, "the run goes on in its own folder"
     states_equal(final_weights(tmp_path), uninterrupted[0])
-    assert without_times(training.read_history(folder)) == without_times(uninterrupted[1])
+    assert without_times(history.read_history(folder)) == without_times(uninterrupted[1])
     assert not list(folder.glob(".*")), "no half-written file is left"
 
 
@@ -160,7 +163,7 @@ def test_an_interrupt_saves_amid_an_epoch_and_the_run_resumes_to_the_same_bits(
     process.send_signal(number)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 130, errors
-    last = training.find_checkpoints(tmp_path, "tiny")[0]
+    last = checkpoints.find_checkpoints(tmp_path, "tiny")[0]
     assert last.name.startswith("mask_rcnn_tiny_0001-00000")
     assert f"saved {last}" in errors
 
@@ -168,14 +171,14 @@ def test_an_interrupt_saves_amid_an_epoch_and_the_run_resumes_to_the_same_bits(
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     states_equal(final_weights(tmp_path), uninterrupted[0])
-    records = training.read_history(last.parent)
+    records = history.read_history(last.parent)
     assert without_times(records) == without_times(uninterrupted[1])
 
 
 def test_a_truncated_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, caplog):
     model = make_model(tmp_path)
     train(model)
-    first, second = training.find_checkpoints(tmp_path, "tiny")[:2]
+    first, second = checkpoints.find_checkpoints(tmp_path, "tiny")[:2]
     assert (first.name[-8:], second.name[-8:]) == ("0003.pth", "0002.pth")
     first.write_bytes(first.read_bytes()[:20_000])
 
@@ -202,7 +205,7 @@ def test_nothing_can_be_read(tmp_path):
 def test_a_full_disk_costs_no_checkpoint(tmp_path, caplog):
     model = make_model(tmp_path)
     train(model, epochs=1)
-    (saved,) = training.find_checkpoints(tmp_path, "tiny")
+    (saved,) = checkpoints.find_checkpoints(tmp_path, "tiny")
     content = saved.read_bytes()
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -213,27 +216,27 @@ def test_a_full_disk_costs_no_checkpoint(tmp_path, caplog):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
-    assert "the checkpoint before it is still there" in caplog.text
-    assert training.find_checkpoints(tmp_path, "tiny") == [saved]
+    assert "what was saved before is still there" in caplog.text
+    assert checkpoints.find_checkpoints(tmp_path, "tiny") == [saved]
     assert saved.read_bytes() == content
     assert not list(saved.parent.glob(".*"))
     train(model, epochs=3)
-    assert training.find_checkpoints(tmp_path, "tiny")[0].name == "mask_rcnn_tiny_0003.pth"
+    assert checkpoints.find_checkpoints(tmp_path, "tiny")[0].name == "mask_rcnn_tiny_0003.pth"
 
 
 def test_logs_that_cannot_be_written_are_made_up_for(tmp_path, monkeypatch, caplog):
     model = make_model(tmp_path, STEPS_PER_EPOCH=1)
-    write = training.Log._write
+    write = history.History._write
 
     def fail_once(log):
         if len(log.records) == 1:
             raise OSError("no space left")
         write(log)
 
-    monkeypatch.setattr(training.Log, "_write", fail_once)
+    monkeypatch.setattr(history.History, "_write", fail_once)
     train(model, 2)
     assert "the logs of epoch 1 could not be written: no space left" in caplog.text
-    assert [record["epoch"] for record in training.read_history(model.log_dir)] == [1, 2]
+    assert [record["epoch"] for record in history.read_history(model.log_dir)] == [1, 2]
 
 
 def two_stages(model, evaluate):
@@ -262,7 +265,7 @@ def test_a_run_that_ended_while_it_was_evaluated_resumes_to_the_same_bits(tmp_pa
     assert resumed.resume().name == "mask_rcnn_tiny_0002.pth"
     two_stages(resumed, judge)
     states_equal(resumed.state_dict(), model.state_dict())
-    one, two = (without_times(training.read_history(m.log_dir)) for m in (model, resumed))
+    one, two = (without_times(history.read_history(m.log_dir)) for m in (model, resumed))
     assert one == two
     # The model that was stopped can go on as well, as in a notebook.
     two_stages(stopped, judge)
@@ -271,14 +274,15 @@ def test_a_run_that_ended_while_it_was_evaluated_resumes_to_the_same_bits(tmp_pa
 
 def interrupting(monkeypatch, name):
     """Lets Ctrl-C be pressed while a function of training runs, the first time that it does."""
-    function, pressed = getattr(training, name), []
+    owner = training if hasattr(training, name) else checkpoints.Run
+    function, pressed = getattr(owner, name), []
 
     def press(*arguments):
         if not pressed:
             pressed.append(os.kill(os.getpid(), signal.SIGINT))
         return function(*arguments)
 
-    monkeypatch.setattr(training, name, press)
+    monkeypatch.setattr(owner, name, press)
 
 
 @pytest.mark.parametrize(
@@ -298,7 +302,7 @@ def test_an_interrupted_model_goes_on_in_a_notebook(tmp_path, monkeypatch, name,
     assert [path.name for path in stopped.log_dir.glob("mask*")] == [file]
     train(stopped, 2)
     states_equal(stopped.state_dict(), model.state_dict())
-    one, two = (without_times(training.read_history(m.log_dir)) for m in (model, stopped))
+    one, two = (without_times(history.read_history(m.log_dir)) for m in (model, stopped))
     assert one == two
 
 
@@ -326,7 +330,7 @@ def test_going_back_to_an_earlier_checkpoint_gives_up_those_after_it(tmp_path):
     names = sorted(path.name for path in model.log_dir.glob("mask*"))
     assert names == ["mask_rcnn_tiny_0002.pth", "mask_rcnn_tiny_0003.old"]
     assert (model.log_dir / "best.pth").samefile(model.find_last())
-    records = training.read_history(model.log_dir)
+    records = history.read_history(model.log_dir)
     assert [(r["epoch"], r["segm_AP"]) for r in records] == [(1, 0.3), (2, 0.4)]
 
 
@@ -355,11 +359,11 @@ def test_each_process_has_a_device_with_a_number(monkeypatch):
     monkeypatch.setattr(torch.distributed, "init_process_group", chosen.append)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
     for name, expected in (("cuda", "cuda:0"), ("cuda:1", "cuda:1"), ("cpu", "cpu")):
-        with training.distributed(name) as device:
+        with distributed.join(name) as device:
             assert str(device) == expected
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "3")
-    with training.distributed("cuda") as device:
+    with distributed.join("cuda") as device:
         assert str(device) == "cuda:3"
     assert list(map(str, chosen)) == ["cuda:0", "cuda:1", "cuda:3", "nccl"]
 
@@ -406,7 +410,7 @@ def test_accumulation_takes_the_mean_of_the_gradients():
     gradients = []
     for batch in batches:
         model.zero_grad()
-        sum(model(*training.split_batch(batch)).values()).backward()
+        sum(model(*batch).values()).backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
     model.zero_grad()
 
@@ -481,7 +485,7 @@ def test_a_loss_that_is_not_finite_names_itself_and_the_image_and_changes_nothin
     config = make_config(IMAGES_PER_GPU=1, GRADIENT_ACCUMULATION=3)
     data = TorchDataset(Squares(5), config)
     loader = make_loader(data, config, shuffle=False)
-    model = Sick(data[4]["image"])
+    model = Sick(data[4][0])
     trainer = training.Trainer(model, config, training.endless(loader, 0), data.describe)
     trainer.step(0.1)
     before = model.weight.item()
@@ -501,12 +505,13 @@ def test_the_stream_of_batches_goes_on_anywhere(start):
         return [next(stream) for _ in range(count)]
 
     whole = take(0, 9)
-    ids = [batch["image_ids"] for batch in whole]
+    ids = [[target["image_id"] for target in targets] for _, targets in whole]
     assert sorted(chain(*ids[:3])) == sorted(chain(*ids[3:6])) == [0, 1, 2, 3, 4]
     assert ids[:3] != ids[3:6]
-    for batch, expected in zip(take(start, 9 - start), whole[start:], strict=True):
-        assert batch["image_ids"] == expected["image_ids"]
-        assert torch.equal(batch["images"], expected["images"])
+    rest = zip(take(start, 9 - start), whole[start:], ids[start:], strict=True)
+    for (images, targets), (expected, _), image_ids in rest:
+        assert [target["image_id"] for target in targets] == image_ids
+        assert torch.equal(images, expected)
 
 
 def test_validation_is_the_same_each_time_and_leaves_no_trace(tmp_path):
@@ -530,7 +535,7 @@ def test_the_compiled_backbone_trains_alike(tmp_path):
         model = make_model(tmp_path / str(compiled), COMPILE=compiled, STEPS_PER_EPOCH=1)
         train(model, epochs=1)
         assert (model.fpn._compiled_call_impl is not None) == compiled
-        losses[compiled] = training.read_history(model.log_dir)[0]["rpn_class_loss"]
+        losses[compiled] = history.read_history(model.log_dir)[0]["rpn_class_loss"]
         weights_after[compiled] = model.state_dict()
     assert losses[True] == pytest.approx(losses[False], rel=1e-3)
     assert weights_after[True].keys() == weights_after[False].keys()
@@ -541,7 +546,7 @@ def test_bfloat16_trains(tmp_path):
     for amp in (None, "bf16"):
         model = make_model(tmp_path / str(amp), AMP=amp)
         train(model, epochs=1)
-        (record,) = training.read_history(model.log_dir)
+        (record,) = history.read_history(model.log_dir)
         # Those of the heads jump with the proposals that rounding lets pass the threshold.
         losses[amp] = [record["rpn_class_loss"], record["rpn_bbox_loss"]]
         assert all(p.dtype == torch.float32 for p in model.parameters())
@@ -553,18 +558,18 @@ def test_bfloat16_trains(tmp_path):
 
 def two_processes(folder):
     """One step in each of two processes; run by torchrun."""
-    with training.distributed("cpu"):
-        model = make_sure_model(seed=training.rank())  # the main process's weights count
-        batch = batches_of(model.config, training.rank())
+    with distributed.join("cpu"):
+        model = make_sure_model(seed=distributed.rank())  # the main process's weights count
+        batch = batches_of(model.config, distributed.rank())
         trainer = training.Trainer(model, model.config, iter([batch]), str)
         losses, _ = trainer.step(0.1)
         gradients = {name: p.grad for name, p in model.named_parameters()}
-        torch.save((losses, gradients), f"{folder}/rank{training.rank()}.pt")
+        torch.save((losses, gradients), f"{folder}/rank{distributed.rank()}.pt")
         # A whole run: one folder, one history, the same weights in both processes.
         config = make_config(VALIDATION_STEPS=2, IMAGES_PER_GPU=1)
         model = modellib.MaskRCNN(config, folder)
-        train(model, 2, evaluate=lambda model: {"segm_AP": 0.5} if training.is_main() else {})
-        torch.save((model.state_dict(), model.log_dir), f"{folder}/trained{training.rank()}.pt")
+        train(model, 2, evaluate=lambda model: {"segm_AP": 0.5} if distributed.is_main() else {})
+        torch.save((model.state_dict(), model.log_dir), f"{folder}/trained{distributed.rank()}.pt")
 
 
 def test_two_processes_do_what_one_does_with_both_images(tmp_path):
@@ -594,7 +599,7 @@ def test_two_processes_do_what_one_does_with_both_images(tmp_path):
     assert log_dir == other
     learned = [name for name, _ in modellib.MaskRCNN(make_config()).named_parameters()]
     states_equal({n: one[n] for n in learned}, {n: two[n] for n in learned})
-    records = training.read_history(log_dir)
+    records = history.read_history(log_dir)
     assert [record["epoch"] for record in records] == [1, 2]
     assert [record["images"] for record in records] == [2 * STEPS, 2 * STEPS]
     assert [record["segm_AP"] for record in records] == [0.5, 0.5]
@@ -643,12 +648,12 @@ def test_a_stage_that_is_done_returns_at_once_and_the_next_goes_on(tmp_path):
     assert model.epoch == 1
     train(model, epochs=2, layers="all")
     assert (model.epoch, model.log_dir) == (2, folder)
-    assert [record["epoch"] for record in training.read_history(folder)] == [1, 2]
+    assert [record["epoch"] for record in history.read_history(folder)] == [1, 2]
 
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    monkeypatch.setattr(training.Log, "_plot", lambda log: None)  # half of the time
+    monkeypatch.setattr(history.History, "_plot", lambda log: None)  # half of the time
 
 
 def test_early_stopping_and_callbacks_end_a_run(tmp_path, no_pictures):
@@ -677,7 +682,7 @@ def test_without_validation_there_is_a_picture_and_nan_is_no_score(tmp_path):
     model = make_model(tmp_path, EARLY_STOPPING=1, STEPS_PER_EPOCH=1)
     evaluate = lambda model: {"segm_AP": math.nan, "bbox_AP": np.float32(0.5)}  # noqa: E731
     model.train_model(Squares(5), None, 0.02, 3, "all", evaluate=evaluate)
-    records = training.read_history(model.log_dir)
+    records = history.read_history(model.log_dir)
     assert [record.get("bbox_AP") for record in records] == [0.5, 0.5, 0.5]
     assert not any("segm_AP" in record or "val_loss" in record for record in records)
     assert (model.log_dir / "best.pth").samefile(model.find_last())
@@ -686,7 +691,7 @@ def test_without_validation_there_is_a_picture_and_nan_is_no_score(tmp_path):
 
 def test_steps_of_tensorboard_go_on_in_the_next_stage(tmp_path, monkeypatch):
     steps = []
-    monkeypatch.setattr(training.Log, "scalars", lambda log, values, step: steps.append(step))
+    monkeypatch.setattr(history.History, "scalars", lambda log, values, step: steps.append(step))
     model = make_model(tmp_path, STEPS_PER_EPOCH=2, VALIDATION_STEPS=0)
     train(model, 1, layers="heads")
     train(model, 2, layers="all")
@@ -719,7 +724,7 @@ def test_weights_of_the_original_resume_without_an_optimizer(tmp_path, caplog):
     assert resumed.epoch == 2
     assert "the optimizer starts anew" in caplog.text
     train(resumed, epochs=3)
-    assert [record["epoch"] for record in training.read_history(folder)] == [3]
+    assert [record["epoch"] for record in history.read_history(folder)] == [3]
 
 
 def main(model_dir, mode, epochs=str(EPOCHS)):
