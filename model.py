@@ -728,12 +728,22 @@ class MaskRCNN(nn.Module):
         """
         check_batch(images, targets, self.config)
         images = images.to(self.device)
-        if targets is not None:
-            return self.compute_losses(images, targets)
-        if self.training:
-            raise ValueError("training mode needs targets; call model.eval() to predict")
-        whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=self.device)
-        return self.predict(images, whole.expand(len(images), 4))
+        if targets is None:
+            if self.training:
+                raise ValueError("training mode needs targets; call model.eval() to predict")
+            whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=self.device)
+            return self.predict(images, whole.expand(len(images), 4))
+        fused.drop(self)  # whoever detected before, losses do not depend on it
+        image_shape = images.shape[2:]
+        features = self.fpn(self.normalize(images))
+        with torch.no_grad():
+            _, proposals = self.propose(features, image_shape)
+        rpn_targets, roi_targets = self._build_targets(targets, proposals, image_shape)
+        every_class = torch.ones(self.config.NUM_CLASSES, dtype=torch.bool)
+        active = [target.get("active_class_ids", every_class).to(self.device) for target in targets]
+        return self.compute_losses(
+            features, image_shape, rpn_targets, roi_targets, torch.stack(active)
+        )
 
     @torch.no_grad()
     def predict(self, images: Tensor, windows: Tensor) -> Prediction:
@@ -878,47 +888,6 @@ class MaskRCNN(nn.Module):
             self._anchors[key] = pixels, unit
         return self._anchors[key]
 
-    def compute_losses(
-        self, images: Tensor, targets: Sequence[Mapping[str, Any]]
-    ) -> dict[str, Tensor]:
-        """The losses of a batch that is on the model's device, see forward."""
-        fused.drop(self)  # whoever detected before, losses do not depend on it
-        image_shape = images.shape[2:]
-        features = self.fpn(self.normalize(images))
-        with torch.no_grad():
-            _, proposals = self.propose(features, image_shape)
-        rpn_targets, roi_targets = self._build_targets(targets, proposals, image_shape)
-
-        match = torch.stack([target.match for target in rpn_targets])  # [B, A]
-        judged = match.nonzero(as_tuple=True)
-        match, rpn = match[judged], self.rpn.at(features, *judged)
-        rpn_deltas = torch.cat([target.deltas for target in rpn_targets])
-
-        features = features[:4]
-        counts = torch.tensor([len(target.rois) for target in roi_targets], device=self.device)
-        image_index = torch.arange(len(counts), device=self.device).repeat_interleave(counts)
-        rois = Rois(torch.cat([target.rois for target in roi_targets]), image_index)
-        class_ids = torch.cat([target.class_ids for target in roi_targets])
-        class_logits, class_deltas = self.classifier(features, rois, image_shape)
-        every_class = torch.ones(self.config.NUM_CLASSES, dtype=torch.bool)
-        active = [target.get("active_class_ids", every_class).to(self.device) for target in targets]
-        deltas = torch.cat([target.deltas for target in roi_targets])
-
-        positive = class_ids.nonzero()[:, 0]
-        objects = Rois(rois.boxes[positive], rois.image_index[positive])
-        mask_logits = self.mask(features, objects, class_ids[positive], image_shape)
-        masks = torch.cat([target.masks for target in roi_targets])
-        losses = {
-            "rpn_class_loss": rpn_class_loss(match, rpn.logits),
-            "rpn_bbox_loss": rpn_bbox_loss(rpn_deltas, match, rpn.deltas),
-            "mrcnn_class_loss": mrcnn_class_loss(
-                class_ids, class_logits, torch.stack(active)[image_index]
-            ),
-            "mrcnn_bbox_loss": mrcnn_bbox_loss(deltas, class_ids, class_deltas),
-            "mrcnn_mask_loss": mrcnn_mask_loss(masks, mask_logits),
-        }
-        return {name: self.config.LOSS_WEIGHTS[name] * loss for name, loss in losses.items()}
-
     def _build_targets(
         self, targets: Sequence[Mapping[str, Any]], proposals: Rois, image_shape: Sequence[int]
     ) -> tuple[list[RPNTargets], list[RoiTargets]]:
@@ -936,6 +905,45 @@ class MaskRCNN(nn.Module):
             unit_boxes = utils.norm_boxes(boxes, image_shape)
             roi_targets.append(sample_rois(rois, class_ids, unit_boxes, masks, config))
         return rpn_targets, roi_targets
+
+    def compute_losses(
+        self,
+        features: Sequence[Tensor],
+        image_shape: Sequence[int],
+        rpn_targets: Sequence[RPNTargets],
+        roi_targets: Sequence[RoiTargets],
+        active: Tensor,
+    ) -> dict[str, Tensor]:
+        """Runs the heads on the sampled rois of all images and compares; see forward.
+
+        Args:
+            features: P2..P6.
+            active: [B, K] bool, the classes that the data set of each image has.
+        """
+        match = torch.stack([target.match for target in rpn_targets])  # [B, A]
+        judged = match.nonzero(as_tuple=True)
+        match, rpn = match[judged], self.rpn.at(features, *judged)
+        features = features[:4]
+        counts = torch.tensor([len(target.rois) for target in roi_targets], device=self.device)
+        image_index = torch.arange(len(counts), device=self.device).repeat_interleave(counts)
+        rois = Rois(torch.cat([target.rois for target in roi_targets]), image_index)
+        class_ids = torch.cat([target.class_ids for target in roi_targets])
+        positive = class_ids.nonzero()[:, 0]
+        objects = Rois(rois.boxes[positive], rois.image_index[positive])
+
+        class_logits, class_deltas = self.classifier(features, rois, image_shape)
+        mask_logits = self.mask(features, objects, class_ids[positive], image_shape)
+        rpn_deltas = torch.cat([target.deltas for target in rpn_targets])
+        deltas = torch.cat([target.deltas for target in roi_targets])
+        masks = torch.cat([target.masks for target in roi_targets])
+        losses = {
+            "rpn_class_loss": rpn_class_loss(match, rpn.logits),
+            "rpn_bbox_loss": rpn_bbox_loss(rpn_deltas, match, rpn.deltas),
+            "mrcnn_class_loss": mrcnn_class_loss(class_ids, class_logits, active[image_index]),
+            "mrcnn_bbox_loss": mrcnn_bbox_loss(deltas, class_ids, class_deltas),
+            "mrcnn_mask_loss": mrcnn_mask_loss(masks, mask_logits),
+        }
+        return {name: self.config.LOSS_WEIGHTS[name] * loss for name, loss in losses.items()}
 
     def set_backbone_style(self, style: str) -> None:
         """Makes the ResNet compute what its weights were trained with.

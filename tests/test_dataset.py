@@ -224,36 +224,32 @@ def test_a_wrong_augmentation_is_named(result, got):
 
 def test_item_without_resizing():
     scenes = Rectangles((64, 128, [(2, 3, 5, 10, 25), (-1, 0, 0, 64, 128)]))
-    item = data.TorchDataset(scenes, make_config())[0]
-    np.testing.assert_array_equal(item["image"], scenes.load_image(0).transpose(2, 0, 1))
-    assert item["image"].is_contiguous()
-    assert item["window"].tolist() == [0, 0, 64, 128]
-    assert item["class_ids"].tolist() == [2, -1]
-    assert item["boxes"].tolist() == [[3, 5, 10, 25], [0, 0, 64, 128]]
-    assert item["masks"].sum(dim=(1, 2)).tolist() == [7 * 20, 64 * 128]
-    assert item["masks"][0, 3:10, 5:25].all()
-    assert item["active_class_ids"].tolist() == [True, True, True]
-    assert item["image_id"] == 0
-    kinds = [item[k].dtype for k in ("image", "window", "class_ids", "boxes", "masks")]
-    assert kinds == [torch.uint8, torch.float32, torch.int64, torch.float32, torch.bool]
+    image, target = data.TorchDataset(scenes, make_config())[0]
+    np.testing.assert_array_equal(image, scenes.load_image(0).transpose(2, 0, 1))
+    assert image.is_contiguous()
+    assert target["class_ids"].tolist() == [2, -1]
+    assert target["boxes"].tolist() == [[3, 5, 10, 25], [0, 0, 64, 128]]
+    assert target["masks"].sum(dim=(1, 2)).tolist() == [7 * 20, 64 * 128]
+    assert target["masks"][0, 3:10, 5:25].all()
+    assert target["active_class_ids"].tolist() == [True, True, True]
+    assert target["image_id"] == 0
+    kinds = [x.dtype for x in (image, *(target[k] for k in ("class_ids", "boxes", "masks")))]
+    assert kinds == [torch.uint8, torch.int64, torch.float32, torch.bool]
 
 
 def test_item_is_resized_and_padded():
     scenes = Rectangles((40, 60, [(1, 10, 20, 20, 40)]))
     config = make_config(IMAGE_RESIZE_MODE="square", IMAGE_MIN_DIM=None, IMAGE_MAX_DIM=64)
-    item = data.TorchDataset(scenes, config)[0]
-    assert item["image"].shape == (3, 64, 64)
-    assert item["window"].tolist() == [12, 2, 52, 62]
-    assert item["boxes"].tolist() == [[22, 22, 32, 42]]
-    np.testing.assert_array_equal(
-        item["image"][:, 12:52, 2:62], scenes.load_image(0).transpose(2, 0, 1)
-    )
-    assert not item["image"][:, :12].any()
+    image, target = data.TorchDataset(scenes, config)[0]
+    assert image.shape == (3, 64, 64)
+    assert target["boxes"].tolist() == [[22, 22, 32, 42]]
+    np.testing.assert_array_equal(image[:, 12:52, 2:62], scenes.load_image(0).transpose(2, 0, 1))
+    assert not image[:, :12].any()
     config = make_config(IMAGE_RESIZE_MODE="square", IMAGE_MIN_DIM=None, IMAGE_MAX_DIM=128)
     config.IMAGE_MIN_SCALE = 2
-    item = data.TorchDataset(scenes, config)[0]
+    image, target = data.TorchDataset(scenes, config)[0]
     # Masks are resized corner to corner, so their edges may differ by a pixel.
-    np.testing.assert_allclose(item["boxes"], [[24 + 20, 4 + 40, 24 + 40, 4 + 80]], atol=1)
+    np.testing.assert_allclose(target["boxes"], [[24 + 20, 4 + 40, 24 + 40, 4 + 80]], atol=1)
 
 
 def test_mini_masks():
@@ -265,10 +261,10 @@ def test_mini_masks():
             return masks, np.array([1])
 
     config = make_config(USE_MINI_MASK=True, MINI_MASK_SHAPE=(8, 8))
-    item = data.TorchDataset(Triangle((64, 64, [])), config)[0]
-    assert item["boxes"].tolist() == [[8, 16, 24, 32]]
+    _image, target = data.TorchDataset(Triangle((64, 64, [])), config)[0]
+    assert target["boxes"].tolist() == [[8, 16, 24, 32]]
     # Each pixel of the mini mask is the mean of 2 x 2, above one half: 3 of 4 on the diagonal.
-    np.testing.assert_array_equal(item["masks"][0], np.tri(8, dtype=bool))
+    np.testing.assert_array_equal(target["masks"][0], np.tri(8, dtype=bool))
 
 
 def test_instances_without_pixels_are_dropped_and_reported_once(caplog):
@@ -276,18 +272,18 @@ def test_instances_without_pixels_are_dropped_and_reported_once(caplog):
     items = data.TorchDataset(scenes, make_config(USE_MINI_MASK=True))
     with caplog.at_level(logging.INFO, "dataset"):
         for _ in range(2):
-            item = items[0]
-    assert item["class_ids"].tolist() == [2]
-    assert item["boxes"].tolist() == [[1, 2, 3, 4]]
-    assert item["masks"].shape == (1, 56, 56)
+            image, target = items[0]
+    assert target["class_ids"].tolist() == [2]
+    assert target["boxes"].tolist() == [[1, 2, 3, 4]]
+    assert target["masks"].shape == (1, 56, 56)
     assert caplog.messages == ["image toy.s0: 2 of 3 objects have no pixels left, dropped"]
 
     def crop_away(image, masks, rng):
         return np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64, masks.shape[2]), bool)
 
-    item = data.TorchDataset(scenes, make_config(USE_MINI_MASK=True), crop_away)[0]
-    assert item["boxes"].shape == (0, 4)
-    assert item["masks"].shape == (0, 56, 56)
+    _image, target = data.TorchDataset(scenes, make_config(USE_MINI_MASK=True), crop_away)[0]
+    assert target["boxes"].shape == (0, 4)
+    assert target["masks"].shape == (0, 56, 56)
 
 
 def test_at_most_max_gt_instances_and_all_crowds():
@@ -297,14 +293,14 @@ def test_at_most_max_gt_instances_and_all_crowds():
     chosen = set()
     for epoch in range(20):
         items.set_epoch(epoch)
-        item = items[0]
-        class_ids, boxes = item["class_ids"].tolist(), item["boxes"][:, 0].int().tolist()
+        _image, target = items[0]
+        class_ids, boxes = target["class_ids"].tolist(), target["boxes"][:, 0].int().tolist()
         assert class_ids[0] == -2
         assert class_ids[-1] == -1
         assert len(class_ids) == 7
         assert len(set(boxes[1:-1])) == 5
         for class_id, y, mask in zip(
-            class_ids[1:-1], boxes[1:-1], item["masks"][1:-1], strict=True
+            class_ids[1:-1], boxes[1:-1], target["masks"][1:-1], strict=True
         ):
             assert class_id == 1 + y % 2
             assert mask.nonzero().tolist() == [[y, y]]
@@ -318,8 +314,8 @@ def test_active_classes_are_those_of_the_source():
     scenes.add_image("other", "o0", None, size=(64, 64), objects=[(3, 0, 0, 9, 9)])
     scenes.prepare()
     items = data.TorchDataset(scenes, make_config(NUM_CLASSES=4))
-    assert items[0]["active_class_ids"].tolist() == [True, True, True, False]
-    assert items[1]["active_class_ids"].tolist() == [True, False, False, True]
+    assert items[0][1]["active_class_ids"].tolist() == [True, True, True, False]
+    assert items[1][1]["active_class_ids"].tolist() == [True, False, False, True]
 
 
 def test_crop_mode_cuts_image_and_masks_alike():
@@ -334,17 +330,17 @@ def test_crop_mode_cuts_image_and_masks_alike():
     corners = set()
     for epoch in range(8):
         items.set_epoch(epoch)
-        item = items[0]
-        assert item["image"].shape == (3, 64, 64)
-        assert torch.equal(item["image"][0] == 255, item["masks"].any(dim=0))
-        assert equal([data.collate([item])], [data.collate([items[0]])])
-        corners.update(map(tuple, item["boxes"].tolist()))
+        image, target = items[0]
+        assert image.shape == (3, 64, 64)
+        assert torch.equal(image[0] == 255, target["masks"].any(dim=0))
+        assert equal([data.collate([(image, target)])], [data.collate([items[0]])])
+        corners.update(map(tuple, target["boxes"].tolist()))
     assert len(corners) > 3
 
 
 def test_images_without_objects():
     scenes = Rectangles(*[(64, 64, []), (64, 64, [(-1, 0, 0, 9, 9)]), (64, 64, [(1, 2, 2, 9, 9)])])
-    empty = data.TorchDataset(scenes, make_config(USE_MINI_MASK=True))[0]
+    _, empty = data.TorchDataset(scenes, make_config(USE_MINI_MASK=True))[0]
     assert empty["image_id"] == 0
     assert empty["boxes"].shape == (0, 4)
     assert empty["boxes"].dtype == torch.float32
@@ -352,7 +348,7 @@ def test_images_without_objects():
     assert empty["masks"].shape == (0, 56, 56)
 
     items = data.TorchDataset(scenes, make_config(SKIP_EMPTY_IMAGES=True))
-    assert [items[i]["image_id"] for i in range(3)] == [2, 2, 2]
+    assert [items[i][1]["image_id"] for i in range(3)] == [2, 2, 2]
     nothing = data.TorchDataset(Rectangles((64, 64, [])), make_config(SKIP_EMPTY_IMAGES=True))
     with pytest.raises(ValueError, match=r"100 were skipped in a row, the last toy\.s0"):
         nothing[0]
@@ -375,7 +371,7 @@ def with_files(folder, *contents):
 def test_an_unreadable_file_is_named_or_skipped(tmp_path, caplog):
     scenes = with_files(tmp_path, None, b"no picture", None, b"")
     items = data.TorchDataset(scenes, make_config())
-    assert items[2]["image"].unique().tolist() == [20]
+    assert items[2][0].unique().tolist() == [20]
     with pytest.raises(ValueError, match=r"image toy\.1 \(.*1\.png\) cannot be used.*SKIP_UNREAD"):
         items[1]
     with pytest.raises(ValueError, match=r"image toy\.3 \(.*3\.png\).*FileNotFoundError"):
@@ -384,12 +380,12 @@ def test_an_unreadable_file_is_named_or_skipped(tmp_path, caplog):
     caplog.clear()
     items = data.TorchDataset(scenes, make_config(SKIP_UNREADABLE_IMAGES=True))
     found = [items[i] for i in (0, 1, 2, 3, 1, 3)]
-    ids = [item["image_id"] for item in found]
+    ids = [target["image_id"] for _, target in found]
     assert ids[0] == 0
     assert ids[2] == 2
     assert set(ids) == {0, 2}
     assert ids[1:4:2] == ids[4:]  # the same stand-ins again
-    assert [item["image"].unique().tolist() for item in found] == [[10 * i] for i in ids]
+    assert [image.unique().tolist() for image, _ in found] == [[10 * i] for i in ids]
     assert len(caplog.messages) == 2
     assert all("another takes its place" in message for message in caplog.messages)
 
@@ -422,7 +418,9 @@ def test_what_the_constructor_refuses():
         data.TorchDataset(scenes, make_config(NUM_CLASSES=81))
     with pytest.raises(ValueError, match="must have images"):
         data.TorchDataset(Rectangles(), make_config())
-    with pytest.raises(ValueError, match=r"64 x 65 of toy\.s0; use IMAGE_RESIZE_MODE 'pad64'"):
+    with pytest.raises(
+        ValueError, match=r"image toy\.s0: .*64 x 65; use .* 'pad64'"
+    ):
         data.TorchDataset(scenes, make_config())[0]
     with pytest.raises(AttributeError, match="call prepare"):
         data.TorchDataset(utils.Dataset(), make_config())
@@ -431,8 +429,8 @@ def test_what_the_constructor_refuses():
 def test_an_index_counts_like_one_of_a_list():
     items = data.TorchDataset(Rectangles(*[(64, 64, [])] * 3), make_config())
     assert len(items) == 3
-    assert [item["image_id"] for item in items] == [0, 1, 2]
-    assert items[-1]["image_id"] == items[np.int64(2)]["image_id"] == 2
+    assert [target["image_id"] for _, target in items] == [0, 1, 2]
+    assert items[-1][1]["image_id"] == items[np.int64(2)][1]["image_id"] == 2
     with pytest.raises(IndexError):
         items[3]
 
@@ -457,12 +455,19 @@ AUGMENTATION = data.Compose(data.horizontal_flip, data.rot90, data.ColorJitter()
 
 
 def equal(batches1, batches2):
-    for batch1, batch2 in zip(batches1, batches2, strict=True):
-        for key in batch1:
-            for a, b in zip(batch1[key], batch2[key], strict=True):
+    for (images1, targets1), (images2, targets2) in zip(batches1, batches2, strict=True):
+        if not torch.equal(images1, images2):
+            return False
+        for one, two in zip(targets1, targets2, strict=True):
+            assert one.keys() == two.keys()
+            for a, b in zip(one.values(), two.values(), strict=True):
                 if not (torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b):
                     return False
     return True
+
+
+def image_ids(batch):
+    return [target["image_id"] for target in batch[1]]
 
 
 def test_epoch_seed_and_image_decide_alone():
@@ -470,22 +475,22 @@ def test_epoch_seed_and_image_decide_alone():
         return data.TorchDataset(Rectangles(*SCENES), make_config(**options), AUGMENTATION)
 
     items = make()
-    forwards = [items[i]["image"] for i in range(7)]
-    backwards = [items[i]["image"] for i in range(6, -1, -1)][::-1]
+    forwards = [items[i][0] for i in range(7)]
+    backwards = [items[i][0] for i in range(6, -1, -1)][::-1]
     assert all(map(torch.equal, forwards, backwards))
     items.set_epoch(1)
-    second = [items[i]["image"] for i in range(7)]
+    second = [items[i][0] for i in range(7)]
     assert not any(map(torch.equal, forwards, second))
     items.set_epoch(0)
-    assert torch.equal(items[4]["image"], forwards[4])
-    assert not torch.equal(make(SEED=1)[4]["image"], forwards[4])
-    assert torch.equal(make(SEED=0)[4]["image"], forwards[4])
+    assert torch.equal(items[4][0], forwards[4])
+    assert not torch.equal(make(SEED=1)[4][0], forwards[4])
+    assert torch.equal(make(SEED=0)[4][0], forwards[4])
 
     def draw(image, masks, rng):
         return np.full_like(image, rng.integers(256)), masks
 
     drawn = data.TorchDataset(Rectangles(*SCENES), make_config(), draw)
-    assert len({int(drawn[i]["image"][0, 0, 0]) for i in range(7)}) > 3  # not one draw for all
+    assert len({int(drawn[i][0][0, 0, 0]) for i in range(7)}) > 3  # not one draw for all
 
 
 def test_workers_change_nothing():
@@ -509,12 +514,12 @@ def test_workers_change_nothing():
     for epoch in range(3):
         assert equal(alone[epoch], two[epoch])
     images = [
-        {i: x for batch in epoch for i, x in zip(batch["image_ids"], batch["images"], strict=True)}
+        {i: x for batch in epoch for i, x in zip(image_ids(batch), batch[0], strict=True)}
         for epoch in alone
     ]
     assert not any(torch.equal(images[0][i], images[1][i]) for i in set(images[0]) & set(images[1]))
-    assert [len(batch["image_ids"]) for batch in alone[0]] == [2, 2, 2, 1]
-    orders = [[i for batch in epoch for i in batch["image_ids"]] for epoch in alone]
+    assert [len(image_ids(batch)) for batch in alone[0]] == [2, 2, 2, 1]
+    orders = [[i for batch in epoch for i in image_ids(batch)] for epoch in alone]
     assert orders[0] != orders[1] != orders[2]
     assert all(3 not in order for order in orders)
 
@@ -524,7 +529,7 @@ def test_a_worker_s_error_names_the_image(tmp_path):
     items = data.TorchDataset(with_files(tmp_path, None, b"no picture"), config)
     loader = data.make_loader(items, config, shuffle=False)
     batches = iter(loader)
-    assert next(batches)["image_ids"] == [0]
+    assert image_ids(next(batches)) == [0]
     with pytest.raises(ValueError, match=r"image toy\.1 \(.*1\.png\) cannot be used"):
         next(batches)
 
@@ -534,9 +539,9 @@ def test_workers_survive_an_interrupt():
     config = make_config(NUM_WORKERS=1, IMAGES_PER_GPU=1)
     items = data.TorchDataset(Rectangles(*SCENES), config)
     batches = iter(data.make_loader(items, config, shuffle=False))
-    found = [next(batches)["image_ids"][0]]
+    found = [image_ids(next(batches))[0]]
     os.kill(batches._workers[0].pid, signal.SIGINT)
-    assert found + [batch["image_ids"][0] for batch in batches] == list(range(7))
+    assert found + [image_ids(batch)[0] for batch in batches] == list(range(7))
 
 
 def test_validation_is_the_same_in_each_run():
@@ -548,9 +553,9 @@ def test_validation_is_the_same_in_each_run():
         data.set_epoch(loader, epoch)
         runs.append(list(loader))
     assert equal(*runs)
-    assert [batch["image_ids"] for batch in runs[0]] == [[0, 1, 2], [3, 4, 5], [6]]
-    assert runs[0][1]["boxes"][0].shape == (0, 4)
-    assert runs[0][0]["boxes"][1].tolist() == [[1, 2, 10, 22]]
+    assert [image_ids(batch) for batch in runs[0]] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert runs[0][1][1][0]["boxes"].shape == (0, 4)
+    assert runs[0][0][1][1]["boxes"].tolist() == [[1, 2, 10, 22]]
 
 
 def test_processes_share_the_images():
@@ -562,7 +567,7 @@ def test_processes_share_the_images():
         loader = data.make_loader(items, config, shuffle=True, sampler=sampler)
         data.set_epoch(loader, 5)
         assert sampler.epoch == 5
-        seen.append([batch["image_ids"][0] for batch in loader])
+        seen.append([image_ids(batch)[0] for batch in loader])
     assert len(seen[0]) == len(seen[1]) == 3
     assert sorted(seen[0] + seen[1]) == list(range(6))
 
@@ -603,24 +608,22 @@ def test_collate_pads_images_of_several_sizes(mini):
     config.MINI_MASK_SHAPE = (64, 64)  # as large as the last image, and still no full mask
     items = data.TorchDataset(scenes, config)
     singles = [items[i] for i in range(3)]
-    batch = data.collate(singles)
-    assert batch["images"].shape == (3, 3, 128, 128)
-    assert batch["windows"].tolist() == [[7, 14, 57, 114], [4, 2, 124, 62], [0, 0, 64, 64]]
-    assert batch["boxes"][0].tolist() == [[12, 24, 27, 44]]
-    assert [len(c) for c in batch["class_ids"]] == [1, 2, 0]
-    assert batch["active_class_ids"].shape == (3, 3)
-    for i, item in enumerate(singles):
-        height, width = item["image"].shape[1:]
-        assert torch.equal(batch["images"][i, :, :height, :width], item["image"])
-        assert not batch["images"][i, :, height:].any()
-        assert not batch["images"][i, :, :, width:].any()
-        full = batch["masks"][i]
+    images, targets = data.collate(singles)
+    assert images.shape == (3, 3, 128, 128)
+    assert targets[0]["boxes"].tolist() == [[12, 24, 27, 44]]
+    assert [len(target["class_ids"]) for target in targets] == [1, 2, 0]
+    for (image, single), padded, target in zip(singles, images, targets, strict=True):
+        height, width = image.shape[1:]
+        assert torch.equal(padded[:, :height, :width], image)
+        assert not padded[:, height:].any()
+        assert not padded[:, :, width:].any()
+        full = target["masks"]
         if mini:
             assert full.shape[1:] == (64, 64)
         else:
             assert full.shape[1:] == (128, 128)
-            assert torch.equal(full[:, :height, :width], item["masks"])
-            assert full.sum() == item["masks"].sum()
+            assert torch.equal(full[:, :height, :width], single["masks"])
+            assert full.sum() == single["masks"].sum()
 
 
 # --- Real data -----------------------------------------------------------------------------------
@@ -652,12 +655,14 @@ def test_nuclei():
     nuclei.prepare()
     config = make_config(NUM_CLASSES=2, IMAGE_RESIZE_MODE="pad64", IMAGE_MIN_DIM=None)
     items = data.TorchDataset(nuclei, config)
-    for batch in data.make_loader(items, config, shuffle=False):
-        for i, image_id in enumerate(batch["image_ids"]):
+    for images, targets in data.make_loader(items, config, shuffle=False):
+        for padded, target in zip(images, targets, strict=True):
+            image_id = target["image_id"]
             areas = [utils.rle_decode(r).sum() for r in nuclei.image_info[image_id]["rles"]]
-            assert batch["masks"][i].sum(dim=(1, 2)).tolist() == areas
-            # Nuclei are brighter than what lies around them.
-            y1, x1, y2, x2 = batch["windows"][i].int().tolist()
-            gray = batch["images"][i].float().mean(dim=0)[y1:y2, x1:x2]
-            cells = batch["masks"][i].any(dim=0)[y1:y2, x1:x2]
+            assert target["masks"].sum(dim=(1, 2)).tolist() == areas
+            # Nuclei are brighter than what lies around them; the padding is left out.
+            height, width = nuclei.load_image(image_id).shape[:2]
+            y, x = (padded.shape[1] - height) // 2, (padded.shape[2] - width) // 2
+            gray = padded.float().mean(dim=0)[y : y + height, x : x + width]
+            cells = target["masks"].any(dim=0)[y : y + height, x : x + width]
             assert gray[cells].mean() > 2 * gray[~cells].mean()

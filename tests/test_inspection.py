@@ -86,8 +86,8 @@ def test_boxes_are_those_that_training_sees(options):
         boxes, shape = inspection._network_boxes(
             utils.extract_bboxes(masks).astype(np.float64), masks.shape[:2], config
         )
-        item = items[image_id]
-        assert shape == item["image"].shape[1:]
+        image, item = items[image_id]
+        assert shape == image.shape[1:]
         if len(boxes) == len(item["boxes"]):  # no object was lost by resizing
             np.testing.assert_allclose(boxes, item["boxes"], atol=2.5)
     assert sum(len(items[i]["boxes"]) for i in range(8)) > 20

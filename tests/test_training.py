@@ -13,6 +13,7 @@ import utils
 import weights
 from config import Config
 from model import MaskRCNN, RoiTargets
+from targets import crop_masks, sample
 
 LOSSES = (
     *("rpn_class_loss", "rpn_bbox_loss"),
@@ -169,13 +170,13 @@ def test_without_objects_all_sampled_anchors_are_background(class_ids):
 def test_sampling_is_random_and_reproducible():
     candidates = torch.arange(1000) % 3 == 0
     torch.manual_seed(1)
-    first, second = (modellib.sample(candidates, 50, torch.randperm) for _ in range(2))
+    first, second = (sample(candidates, 50, torch.randperm) for _ in range(2))
     assert len(first) == len(first.unique()) == 50
     assert candidates[first].all()
     assert first.tolist() == sorted(first.tolist()) != second.tolist()
     torch.manual_seed(1)
-    assert torch.equal(modellib.sample(candidates, 50, torch.randperm), first)
-    assert len(modellib.sample(candidates, 500, torch.randperm)) == 334
+    assert torch.equal(sample(candidates, 50, torch.randperm), first)
+    assert len(sample(candidates, 500, torch.randperm)) == 334
 
 
 # ------------------------------------------------------------------ targets of the heads
@@ -288,7 +289,7 @@ def test_no_mask_loses_its_last_row_at_the_border(mini):
     size = (56, 56) if mini else (64, 64)
     masks = torch.ones(300, *size, dtype=torch.bool)
     config = Config(USE_MINI_MASK=mini)
-    assert modellib.crop_masks(masks, boxes, boxes, torch.arange(300), config).all()
+    assert crop_masks(masks, boxes, boxes, torch.arange(300), config).all()
 
 
 # ------------------------------------------------------------------ losses

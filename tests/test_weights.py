@@ -38,7 +38,6 @@ def _tiny(blocks, width, classes):
         FPN_CLASSIF_FC_LAYERS_SIZE=10,
         POOL_SIZE=3,
         MASK_POOL_SIZE=4,
-        MASK_SHAPE=(8, 8),
         NUM_CLASSES=classes,
     )
     return MaskRCNN(config)
