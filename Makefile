@@ -21,11 +21,11 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-$(INSTALLED): pyproject.toml setup.py $(wildcard nms/csrc/* roialign/csrc/* winograd/csrc/*)
+$(INSTALLED): pyproject.toml setup.py $(wildcard */csrc/*)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet "setuptools>=77" wheel ninja "$(TORCH)"
 	$(PIP) install --quiet --no-build-isolation --editable ".[dev]"
 	touch $@
 
 clean:
-	rm -rf build *.egg-info nms/*.so roialign/*.so winograd/*.so $(VENV)
+	rm -rf build *.egg-info */_C*.so $(VENV)

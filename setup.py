@@ -1,4 +1,4 @@
-"""Builds the operators of nms/, roialign/ and winograd/: C++, and CUDA where nvcc is there.
+"""Installs the modules and builds the operators: C++, and CUDA where nvcc is there.
 
     pip install -e . --no-build-isolation
 
@@ -16,21 +16,9 @@ from typing import Any
 
 from setuptools import Extension, setup
 
-MODULES = [
-    "config",
-    "utils",
-    "weights",
-    "fused",
-    "dataset",
-    "visualize",
-    "training",
-    "model",
-    "evaluation",
-    "inspection",
-    "coco",
-    "demo",
-]
-PACKAGES = ["nms", "roialign", "winograd"]
+MODULES = sorted(path.stem for path in Path().glob("*.py") if path.name != "setup.py")
+PACKAGES = sorted(path.parent.name for path in Path().glob("*/__init__.py"))
+OPERATORS = [name for name in PACKAGES if any(Path(name, "csrc").glob("*.cpp"))]
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 
 
@@ -47,7 +35,7 @@ def find_cuda() -> Path | None:
             return home
     if nvcc:
         error = FileNotFoundError(f"no toolkit around {nvcc}: set CUDA_HOME")
-        warn("nms and roialign are not compiled for CUDA", error)
+        warn("the operators are not compiled for CUDA", error)
     return None
 
 
@@ -86,7 +74,7 @@ def operators() -> dict[str, Any]:
         try:
             nvcc = ["-O3", "-fmad=false", "--threads=2", *architecture_flags(cuda)]
         except (OSError, subprocess.CalledProcessError, IndexError) as error:
-            warn("nms and roialign are not compiled for CUDA: nvcc does not run", error)
+            warn("the operators are not compiled for CUDA: nvcc does not run", error)
             cuda = None
 
     cxx = ["/O2"] if os.name == "nt" else ["-O3", "-g0"]
@@ -94,21 +82,21 @@ def operators() -> dict[str, Any]:
         cxx.append("-fopenmp")
     # No fused multiply-add: TensorFlow's arithmetic, and the same bits on every device.
     exact = [] if os.name == "nt" else ["-ffp-contract=off"]
-    # winograd is about speed, and its vectors never cross a function's border.
+    # winograd is about speed; it passes vectors only to functions that are inlined.
     fast = ["-ffp-contract=fast", "-Wno-psabi"]
 
     def extension(package: str) -> Extension:
-        folder = Path(package, "csrc")
+        folder, common = Path(package, "csrc"), Path("operators", "csrc")
         with_cuda = cuda and any(folder.glob("*.cu"))
         make = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
         flags = fast if package == "winograd" else exact
         return make(
             f"{package}._C",
             sorted(str(path) for path in folder.glob("*.c*") if with_cuda or path.suffix == ".cpp"),
-            depends=sorted(str(path) for path in folder.iterdir()),
+            depends=sorted(str(path) for path in (*folder.iterdir(), *common.iterdir())),
             define_macros=[("WITH_CUDA", None)] if with_cuda else [],
             extra_compile_args={"cxx": [*cxx, *flags], "nvcc": nvcc},
-            # A library of another torch shall fail to load, not fail in a call.
+            # A library built for another torch then fails when it is loaded, not when it is called.
             extra_link_args=["-Wl,-z,now"] if sys.platform == "linux" else [],
             py_limited_api=True,  # one library for every Python: there is none in it
         )
@@ -136,7 +124,7 @@ def operators() -> dict[str, Any]:
             self.extensions = []
 
     # Visual C++ has no vector types: there, winograd stays in plain torch.
-    compiled = [package for package in PACKAGES if os.name != "nt" or package != "winograd"]
+    compiled = [package for package in OPERATORS if os.name != "nt" or package != "winograd"]
     return {
         "ext_modules": [extension(package) for package in compiled],
         "cmdclass": {"build_ext": BuildOperators.with_options(no_python_abi_suffix=True)},
@@ -144,9 +132,9 @@ def operators() -> dict[str, Any]:
 
 
 setup(
-    packages=[*PACKAGES, "samples"],
+    packages=PACKAGES,
     package_data={"samples": ["*.pth", "*.json"]},
     include_package_data=False,
-    py_modules=[name for name in MODULES if Path(f"{name}.py").is_file()],
+    py_modules=MODULES,
     **operators(),
 )

@@ -1,10 +1,9 @@
 """The operator nms::nms: its schema, its plain torch kernel and the functions that call it."""
 
-import logging
-from pathlib import Path
-
 import torch
 from torch import Tensor
+
+from operators import compiled_devices, load_kernels
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
@@ -70,8 +69,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, group: Tensor, iou_threshold: flo
 
 def is_compiled() -> tuple[str, ...]:
     """The devices with a compiled kernel, of "cpu" and "cuda"; empty (false) in plain torch."""
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    return tuple(device for device in ("cpu", "cuda") if has_kernel("nms::nms", device.upper()))
+    return compiled_devices("nms::nms")
 
 
 def _check(boxes: Tensor, scores: Tensor, iou_threshold: float) -> None:
@@ -137,23 +135,10 @@ def _autocast(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         return torch.ops.nms.nms(boxes, scores, iou_threshold)
 
 
-def _load_compiled() -> None:
-    folder = Path(__file__).parent
-    for library in [*folder.glob("_C*.so"), *folder.glob("_C*.pyd")]:
-        try:
-            torch.ops.load_library(str(library))
-        except OSError as error:
-            logging.getLogger(__name__).warning(
-                "the compiled nms does not fit this torch, plain torch takes over; rebuild it with "
-                "`pip install -e . --no-build-isolation` (%s)",
-                error,
-            )
-
-
 _library = torch.library.Library("nms", "FRAGMENT")
 _library.define("nms(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor")
 _library.impl("nms", _nms, "CompositeExplicitAutograd")
 _library.impl("nms", _autocast, "AutocastCPU")
 _library.impl("nms", _autocast, "AutocastCUDA")
 torch.library.register_fake("nms::nms", _fake)
-_load_compiled()
+load_kernels(__file__)

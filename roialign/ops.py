@@ -1,12 +1,12 @@
 """The operator roialign::crop_and_resize: schema, plain torch kernels, gradient and Python call."""
 
-import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from operators import compiled_devices, load_kernels
 
 
 def crop_and_resize(
@@ -68,9 +68,7 @@ def crop_and_resize(
 
 def is_compiled() -> tuple[str, ...]:
     """The devices with a compiled kernel, of "cpu" and "cuda"; empty (false) in plain torch."""
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    operator = "roialign::crop_and_resize"
-    return tuple(device for device in ("cpu", "cuda") if has_kernel(operator, device.upper()))
+    return compiled_devices("roialign::crop_and_resize")
 
 
 def _empty(values: Tensor, count: int, height: int, width: int) -> Tensor:
@@ -224,19 +222,6 @@ def _autocast(image: Tensor, boxes: Tensor, *arguments: Any) -> Tensor:
         return torch.ops.roialign.crop_and_resize(image, boxes, *arguments)
 
 
-def _load_compiled() -> None:
-    folder = Path(__file__).parent
-    for library in [*folder.glob("_C*.so"), *folder.glob("_C*.pyd")]:
-        try:
-            torch.ops.load_library(str(library))
-        except OSError as error:
-            logging.getLogger(__name__).warning(
-                "the compiled roialign does not fit this torch, plain torch takes over; rebuild it "
-                "with `pip install -e . --no-build-isolation` (%s)",
-                error,
-            )
-
-
 _library = torch.library.Library("roialign", "FRAGMENT")
 _library.define(
     "crop_and_resize(Tensor image, Tensor boxes, Tensor box_index, SymInt crop_height, "
@@ -255,4 +240,4 @@ torch.library.register_fake(_FORWARD, _forward_fake)
 torch.library.register_fake(_BACKWARD, _backward_fake)
 torch.library.register_autograd(_FORWARD, _differentiate, setup_context=_save_forward)
 torch.library.register_autograd(_BACKWARD, _differentiate_backward, setup_context=_save_backward)
-_load_compiled()
+load_kernels(__file__)

@@ -101,7 +101,7 @@ class Emulation:
     def nms(self, boxes, scores, threshold, mask_rows):
         order = scores.argsort(stable=True, descending=True)
         count, words = len(order), -(-len(order) // 64)
-        # What the kernels are not to read is there to be noticed: a mask of ones.
+        # All ones, so that it shows if the kernels read what they have not written.
         mask = torch.full((mask_rows, words), -1)
         removed = torch.zeros(words, dtype=torch.int64)
         keep = torch.empty(count, dtype=torch.bool)

@@ -1,19 +1,15 @@
 """nms and batched_nms: both CPU kernels against a loop, the reference's numbers and edge cases."""
 
 import math
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import reference
 import torch
 from conftest import load_golden
+from test_operators import run_unbuilt
 
-import nms as package
-from nms import batched_nms, is_compiled, nms, ops
+from nms import batched_nms, is_compiled, nms
 from nms.ops import _nms as plain_nms
 
 NAN, INF = math.nan, math.inf
@@ -253,18 +249,6 @@ def test_autocast_computes_in_float32():
         assert torch.equal(nms(boxes.bfloat16(), scores, 0.5), nms(boxes, scores, 0.5))
 
 
-def run_unbuilt(package, code, folder):
-    """Output of code that imports a copy of the package without its compiled library."""
-    target = folder / package.__name__
-    target.mkdir()
-    for source in Path(package.__file__).parent.glob("*.py"):
-        shutil.copy(source, target)
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-    assert result.stderr == ""  # neither a warning nor anything else
-    return result.stdout.strip()
-
-
 def test_an_unbuilt_checkout_works(tmp_path):
     code = """
 import torch
@@ -274,12 +258,4 @@ scores = torch.tensor([.1, .2, .3])
 print(is_compiled(), nms(boxes, scores, 0.5).tolist())
 print(batched_nms(boxes, scores, torch.tensor([0, 1, 0]), 0.5).tolist())
 """
-    assert run_unbuilt(package, code, tmp_path) == "() [2, 1]\n[2, 1, 0]"
-
-
-def test_a_library_that_does_not_load_is_named_with_the_remedy(tmp_path, monkeypatch, caplog):
-    (tmp_path / "_C.so").write_bytes(b"built for another torch")
-    monkeypatch.setattr(ops, "__file__", str(tmp_path / "ops.py"))
-    ops._load_compiled()
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "`pip install -e . --no-build-isolation`" in caplog.text
+    assert run_unbuilt(code, tmp_path) == ("() [2, 1]\n[2, 1, 0]", "")

@@ -1,60 +1,63 @@
-"""The modules depend on each other in one direction, and importing them does nothing else."""
+"""Modules import each other in the order of CONTRIBUTING.md, and an import does nothing else."""
 
 import ast
+import graphlib
+import re
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
 
-# Each module may import those of the levels before its own.
-LEVELS = [
-    {"config", "utils", "nms", "roialign", "winograd"},
-    {"fused", "weights", "dataset", "visualize"},
-    {"training"},
-    {"model", "evaluation"},
-    {"inspection"},
-    {"coco"},
-    {"demo"},
-]
-ONLY_IN = {"matplotlib": {"visualize"}, "pycocotools": {"evaluation"}, "h5py": {"weights"}}
-
-
-def imports(path, top_level_only=False):
-    tree = ast.parse(path.read_text())
-    nodes = tree.body if top_level_only else ast.walk(tree)
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            yield from (alias.name.partition(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield node.module.partition(".")[0]
+# The rows of the table of modules.
+ORDER = re.findall(r"^\| `(\w+)/?` +\|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+# What is slow to import, or may be missing, is imported by these alone.
+ONLY_IN = {
+    "h5py": {"weights"},
+    "matplotlib": {"visualize"},
+    "pycocotools": {"evaluation"},
+}
 
 
 def sources(name):
     path = ROOT / f"{name}.py"
-    return [path] if path.is_file() else sorted((ROOT / name).glob("*.py"))
+    return [path] if path.is_file() else (ROOT / name).glob("*.py")
 
 
-def test_every_module_has_a_level():
-    known = set().union(*LEVELS)
-    assert {path.stem for path in ROOT.glob("*.py")} - {"setup"} <= known
+def imports(name):
+    """The top-level names that a module or package imports, inside of functions too."""
+    for path in sources(name):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                yield from (alias.name.partition(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                yield node.module.partition(".")[0]
 
 
-def test_imports_go_down_only():
-    for level, names in enumerate(LEVELS):
-        above = set().union(*LEVELS[level:])
-        for name in names:
-            for path in sources(name):
-                assert not (set(imports(path)) & (above - {name})), path.name
+NAMES = {path.stem for path in ROOT.glob("*.py")} - {"setup"}
+NAMES |= {path.parent.name for path in ROOT.glob("*/__init__.py")}
+IMPORTS = {name: set(imports(name)) - {name} for name in NAMES}
 
 
-def test_heavy_packages_stay_where_they_belong():
-    for name in set().union(*LEVELS):
-        for path in sources(name):
-            for package, users in ONLY_IN.items():
-                if package in set(imports(path)):
-                    assert name in users, f"{path.name} imports {package}"
-    assert "h5py" not in set(imports(ROOT / "weights.py", top_level_only=True))
+def test_every_module_has_a_row():
+    assert set(ORDER) == NAMES
+    assert len(ORDER) == len(NAMES)
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    graph = {name: imported & NAMES for name, imported in IMPORTS.items()}
+    graphlib.TopologicalSorter(graph).prepare()  # a CycleError names the cycle
+
+
+def test_modules_import_from_the_rows_above_them():
+    for row, name in enumerate(ORDER):
+        wrong = IMPORTS[name] & NAMES - set(ORDER[:row])
+        assert not wrong, f"{name} imports {sorted(wrong)}, which must then stand above it"
+
+
+@pytest.mark.parametrize("package", ONLY_IN)
+def test_heavy_packages_stay_where_they_belong(package):
+    assert {name for name in NAMES if package in IMPORTS[name]} <= ONLY_IN[package]
 
 
 @pytest.mark.parametrize("module", ["model", "visualize", "coco"])

@@ -1,12 +1,12 @@
 """The operators winograd::conv3x3 and winograd::transform_weight: schemas, plain torch, Python."""
 
-import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from operators import compiled_devices, load_kernels
 
 # Winograd's F(4 x 4, 3 x 3): a tile of 4 x 4 outputs is A ((G w G') * (B x B')) A' of its 6 x 6
 # inputs x. Of the points 0, +-1/sqrt(2), +-sqrt(2) and infinity, since their rounding errors are a
@@ -39,10 +39,10 @@ _G = [
 def conv3x3(
     input: Tensor, weight_transformed: Tensor, bias: Tensor | None = None, relu: bool = False
 ) -> Tensor:
-    """F.conv2d(input, weight, bias, padding=1), and the ReLU of it, without a gradient.
+    """F.conv2d(input, weight, bias, padding=1), followed by ReLU if asked for; without a gradient.
 
-    The largest error is about 2e-6 of the largest output. An input that is not finite makes NaN of
-    the tiles of 4 x 4 outputs that see it, the first of which starts in the top left corner.
+    The largest error is about 2e-6 of the largest output. An input that is not finite turns each
+    tile of 4 x 4 outputs that it reaches into NaN; tiles are counted from the top left corner.
 
     Args:
         input: [B, C, H, W] float32; best channels_last, else it is copied.
@@ -88,15 +88,14 @@ def transform_weight(weight: Tensor) -> Tensor:
 
     Raises:
         TypeError: weight is not float32.
-        ValueError: the shape is another one.
+        ValueError: the shape does not fit.
     """
     return torch.ops.winograd.transform_weight(weight)
 
 
 def is_compiled() -> tuple[str, ...]:
     """("cpu",) if there is a compiled kernel, else empty (false): plain torch computes the same."""
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    return ("cpu",) if has_kernel("winograd::conv3x3", "CPU") else ()
+    return compiled_devices("winograd::conv3x3")
 
 
 def is_faster(input_shape: Sequence[int], weight_shape: Sequence[int]) -> bool:
@@ -188,19 +187,6 @@ def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) ->
         return torch.ops.winograd.conv3x3(input.float(), weight.float(), bias, relu)
 
 
-def _load_compiled() -> None:
-    folder = Path(__file__).parent
-    for library in [*folder.glob("_C*.so"), *folder.glob("_C*.pyd")]:
-        try:
-            torch.ops.load_library(str(library))
-        except OSError as error:
-            logging.getLogger(__name__).warning(
-                "the compiled winograd does not fit this torch, plain torch takes over; rebuild it "
-                "with `pip install -e . --no-build-isolation` (%s)",
-                error,
-            )
-
-
 _library = torch.library.Library("winograd", "FRAGMENT")
 _library.define("conv3x3(Tensor input, Tensor weight, Tensor? bias, bool relu) -> Tensor")
 _library.define("transform_weight(Tensor weight) -> Tensor")
@@ -210,4 +196,4 @@ _library.impl("conv3x3", _autocast, "AutocastCPU")
 _library.impl("conv3x3", _autocast, "AutocastCUDA")
 torch.library.register_fake("winograd::conv3x3", _fake)
 torch.library.register_fake("winograd::transform_weight", _transform_fake)
-_load_compiled()
+load_kernels(__file__)

@@ -40,7 +40,7 @@ HOST_DEVICE bool find_overlap(const Box<T>& box, const T* kept, int64_t stride, 
   constexpr int64_t kChunk = 128;
   for (int64_t start = 0; start < count; start += kChunk) {
     const int64_t end = start + kChunk < count ? start + kChunk : count;
-    // As wide as T and without an exit, so that the compiler vectorises the loop.
+    // An integer as wide as T and no early exit let the compiler vectorise the loop.
     std::conditional_t<sizeof(T) == 4, int32_t, int64_t> found = 0;
     for (int64_t k = start; k < end; ++k) {
       const T* member = kept + k;
@@ -96,7 +96,8 @@ at::Tensor nms_cpu(const at::Tensor& boxes, const at::Tensor& scores, double iou
     const scalar_t* corners = ranked.boxes.const_data_ptr<scalar_t>();
     const scalar_t threshold = static_cast<scalar_t>(iou_threshold);
     std::vector<scalar_t> kept(5 * count);
-    // A round of boxes meets the boxes kept before it in parallel, then those of its own in order.
+    // Each round of boxes is tested against those kept before it in parallel, then against those
+    // of its own in order.
     constexpr int64_t kRound = 1024, kTestsPerTask = 1 << 17;
     std::vector<char> suppressed(kRound);
     for (int64_t start = 0; start < count; start += kRound) {

@@ -2,13 +2,7 @@
 // setup.py): in float32 it then rounds like TensorFlow's IOU() and takes the same decisions.
 #pragma once
 
-#if defined(__CUDACC__)
-#define HOST_DEVICE __host__ __device__ __forceinline__
-#elif defined(__GNUC__)
-#define HOST_DEVICE inline __attribute__((always_inline))
-#else
-#define HOST_DEVICE inline
-#endif
+#include "../../operators/csrc/compilers.h"
 
 namespace nms {
 

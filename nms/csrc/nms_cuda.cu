@@ -4,11 +4,6 @@
 
 #include "nms.h"
 
-#ifdef __CUDACC__  // else g++ with tests/cuda_emulation.h
-#define LAUNCH(kernel, blocks, threads, stream, ...) \
-  kernel<<<blocks, threads, 0, stream>>>(__VA_ARGS__)
-#endif
-
 namespace nms {
 namespace {
 

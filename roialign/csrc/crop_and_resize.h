@@ -5,13 +5,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define HOST_DEVICE __host__ __device__ __forceinline__
-#elif defined(__GNUC__)
-#define HOST_DEVICE inline __attribute__((always_inline))
-#else
-#define HOST_DEVICE inline
-#endif
+#include "../../operators/csrc/compilers.h"
 
 namespace roialign {
 

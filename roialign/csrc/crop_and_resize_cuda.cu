@@ -1,11 +1,6 @@
 // One thread per number of the crops, in their memory order.
 #include "crop_and_resize_cuda.h"
 
-#ifdef __CUDACC__  // else g++ with tests/cuda_emulation.h
-#define LAUNCH(kernel, blocks, threads, stream, ...) \
-  kernel<<<blocks, threads, 0, stream>>>(__VA_ARGS__)
-#endif
-
 namespace roialign {
 namespace {
 

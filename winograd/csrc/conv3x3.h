@@ -12,7 +12,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#define INLINE inline __attribute__((always_inline))
+#include "../../operators/csrc/compilers.h"
 
 namespace winograd {
 
@@ -113,7 +113,7 @@ INLINE void transform_inputs(const Convolution& conv, const Block& block, Strip 
       for (int i = 0; i < 6; ++i) {
         V d[6];
         for (int j = 0; j < 6; ++j) d[j] = *reinterpret_cast<const V*>(pixels[i][j] + c);
-        // What the tile to the right adds.
+        // The columns that the tile to the right adds.
         for (int j = 2; j < 6; ++j) __builtin_prefetch(pixels[i][j] + c + 4 * conv.channels);
         transform_input(d, rows[i]);
       }

@@ -54,8 +54,8 @@ struct Cut {
 };
 
 Cut cut_convolution(const Convolution& conv, int64_t threads) {
-  // All weights pass through the caches once per block, and so do its transformed tiles: those
-  // shall take half as much memory.
+  // Every block sends all weights and its own transformed tiles through the caches: the tiles may
+  // take half as much memory as the weights.
   const int64_t outputs = conv.output_panels * kPanel;
   const int64_t tiles = conv.tiles();
   const int64_t most =
