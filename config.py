@@ -93,7 +93,7 @@ class Config:
     DETECTION_MAX_INSTANCES: int = 100
     DETECTION_MIN_CONFIDENCE: float = 0.7
     DETECTION_NMS_THRESHOLD: float = 0.3
-    # False, as the reference: a proposal becomes an object of its likeliest class, or none if that
+    # False, as Matterport: a proposal becomes an object of its likeliest class, or none if that
     # is the background. True, as the paper: of each class that has DETECTION_MIN_CONFIDENCE, which
     # finds more where that is low, and raises AP a bit.
     DETECTION_PER_CLASS: bool = False
@@ -110,7 +110,7 @@ class Config:
     VALIDATION_STEPS: int = 50
     # Batches whose mean gradient makes one step: batches larger than the memory.
     GRADIENT_ACCUMULATION: int = 1
-    # "sgd", as the reference, or "adamw", which gets further in a short training of a new network.
+    # "sgd", as Matterport, or "adamw", which gets further in a short training of a new network.
     OPTIMIZER: str = "sgd"
     LEARNING_RATE: float = 0.001
     # The learning rate rises linearly in the first WARMUP_STEPS of a stage. Then it is "constant",
@@ -160,7 +160,7 @@ class Config:
     USE_MINI_MASK: bool = True
     MINI_MASK_SHAPE: Sequence[int] = (56, 56)
     # False: an image without objects is a negative, all of it background. True: another image
-    # takes its place, as in the reference.
+    # takes its place, as Matterport does.
     SKIP_EMPTY_IMAGES: bool = False
     # True: an image or annotation that cannot be read is logged, and another takes its place,
     # since one bad file should not end a run of days; False: it is an error, so that it is seen.

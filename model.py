@@ -95,11 +95,11 @@ TORCHVISION_STD = (58.395, 57.12, 57.375)
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm with the constants of Keras and the state_dict keys of upstream."""
+    """BatchNorm with the constants of Keras and the state_dict keys of the port."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=0.001, momentum=0.01)
-        # Upstream: its files are older than this buffer, and a fixed momentum has no use for it.
+        # The port's files are older than this buffer, and a fixed momentum has no use for it.
         self.num_batches_tracked = None
 
     # torch's own version would put num_batches_tracked into state_dicts that lack it.
@@ -220,7 +220,7 @@ class FPN(nn.Module):
         c2, c3, c4, c5 = self._channels(in_channels)
 
         def smooth() -> nn.Module:
-            # Upstream: a padding layer came first, hence the key P2_conv2.1.weight.
+            # The port: a padding layer came first, hence the key P2_conv2.1.weight.
             conv = nn.Conv2d(out_channels, out_channels, 3, padding=1)
             return Convolution(OrderedDict({"1": conv}))
 
@@ -703,6 +703,7 @@ class MaskRCNN(nn.Module):
         """
         fused.prepare(self)
 
+    # ------------------------------------------------------------------ from images to detections or losses
     def forward(
         self, images: Tensor, targets: Sequence[Mapping[str, Any]] | None = None
     ) -> dict[str, Tensor] | Prediction:
@@ -888,6 +889,7 @@ class MaskRCNN(nn.Module):
             self._anchors[key] = pixels, unit
         return self._anchors[key]
 
+    # ------------------------------------------------------------------ losses
     def _build_targets(
         self, targets: Sequence[Mapping[str, Any]], proposals: Rois, image_shape: Sequence[int]
     ) -> tuple[list[RPNTargets], list[RoiTargets]]:
@@ -945,6 +947,7 @@ class MaskRCNN(nn.Module):
         }
         return {name: self.config.LOSS_WEIGHTS[name] * loss for name, loss in losses.items()}
 
+    # ------------------------------------------------------------------ weights
     def set_backbone_style(self, style: str) -> None:
         """Makes the ResNet compute what its weights were trained with.
 
@@ -1038,6 +1041,7 @@ class MaskRCNN(nn.Module):
         logger.info("%s", model.load_weights(path, exclude, verbose=False))
         return model.eval()
 
+    # ------------------------------------------------------------------ training
     def set_trainable(self, layers: str) -> int:
         r"""Lets training change the chosen layers and no others.
 

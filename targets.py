@@ -82,7 +82,7 @@ def build_rpn_targets(
     every crowd. Sampled to RPN_TRAIN_ANCHORS_PER_IMAGE, objects at most half of them.
 
     Args:
-        anchors: [A, 4] float64, network pixels: in the reference's own arithmetic the best
+        anchors: [A, 4] float64, network pixels: in Matterport's own arithmetic the best
             anchors of an object are often several of exactly the same IoU.
         class_ids: [G] int64, negative for crowds.
         gt_boxes: [G, 4], network pixels.

@@ -139,7 +139,7 @@ def box_refinement(box: Tensor, gt_box: Tensor) -> Tensor:
 
 @numpy_facade
 def apply_box_deltas(boxes: Tensor, deltas: Tensor) -> Tensor:
-    """Moves and scales boxes by deltas, in the reference's order of operations.
+    """Moves and scales boxes by deltas, in Matterport's order of operations.
 
     Args:
         boxes: [..., (y1, x1, y2, x2)], any frame.
@@ -395,7 +395,7 @@ def resize_image(
         rng: draws the crop; python's global `random` if None.
 
     Returns:
-        image, window, scale, padding and crop, see ResizedImage. Upstream: values are truncated
+        image, window, scale, padding and crop, see ResizedImage. Matterport: values are truncated
         to the image's dtype, not rounded.
 
     Raises:
@@ -444,7 +444,7 @@ def resize_mask(
 ) -> np.ndarray:
     """Resizes masks [H, W, N] as resize_image resized their image: nearest pixel, same dtype.
 
-    Upstream: corners are mapped to corners (scipy.ndimage.zoom), while the image is resized about
+    Matterport: corners are mapped to corners (scipy.ndimage.zoom), while the image is resized about
     half-pixel centres, so the two can differ by up to half a pixel.
     """
     height, width = _scaled_shape(mask.shape, scale)
@@ -904,7 +904,7 @@ def compute_ap_range(
 ) -> float:
     """Mean of compute_ap over IoU thresholds, 0.5 to 0.95 by 0.05 if None; verbose logs each."""
     if iou_thresholds is None:
-        # Upstream: not linspace, so an IoU of exactly 0.9 is below the ninth threshold.
+        # Matterport: not linspace, so an IoU of exactly 0.9 is below the ninth threshold.
         iou_thresholds = np.arange(0.5, 1.0, 0.05)
     instances = (gt_box, gt_class_id, gt_mask, pred_box, pred_class_id, pred_score, pred_mask)
     aps = [compute_ap(*instances, iou_threshold=t)[0] for t in iou_thresholds]

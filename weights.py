@@ -1,7 +1,7 @@
 """Weight files: load, save, download and convert.
 
 Formats, recognised by content: Matterport's Keras .h5 (models of any class count, and the ResNet-50
-"notop" file), .pth files of the original PyTorch port, own checkpoints, and torchvision's ResNets.
+"notop" file), .pth files of the port, own checkpoints, and torchvision's ResNets.
 Every reader returns the state_dict names of model.MaskRCNN, so loading and converting share the
 rest.
 

@@ -272,7 +272,7 @@ def test_instances_without_pixels_are_dropped_and_reported_once(caplog):
     items = data.TorchDataset(scenes, make_config(USE_MINI_MASK=True))
     with caplog.at_level(logging.INFO, "dataset"):
         for _ in range(2):
-            image, target = items[0]
+            _, target = items[0]
     assert target["class_ids"].tolist() == [2]
     assert target["boxes"].tolist() == [[1, 2, 3, 4]]
     assert target["masks"].shape == (1, 56, 56)
@@ -418,9 +418,7 @@ def test_what_the_constructor_refuses():
         data.TorchDataset(scenes, make_config(NUM_CLASSES=81))
     with pytest.raises(ValueError, match="must have images"):
         data.TorchDataset(Rectangles(), make_config())
-    with pytest.raises(
-        ValueError, match=r"image toy\.s0: .*64 x 65; use .* 'pad64'"
-    ):
+    with pytest.raises(ValueError, match=r"image toy\.s0: .*64 x 65; use .* 'pad64'"):
         data.TorchDataset(scenes, make_config())[0]
     with pytest.raises(AttributeError, match="call prepare"):
         data.TorchDataset(utils.Dataset(), make_config())

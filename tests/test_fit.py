@@ -4,6 +4,7 @@ This file is also the script of the runs that are killed:
     python tests/test_fit.py MODEL_DIR new|resume [EPOCHS]
 """
 
+import dataclasses
 import json
 import logging
 import math
@@ -95,6 +96,11 @@ def states_equal(one, two):
     assert one.keys() == two.keys()
     different = [name for name in one if not torch.equal(one[name], two[name])]
     assert not different
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    monkeypatch.setattr(history.History, "_plot", lambda log: None)  # half of the time
 
 
 # --- Killed and resumed --------------------------------------------------------------------------
@@ -319,6 +325,54 @@ def test_a_stage_that_ended_early_is_over_for_a_resumed_run(tmp_path):
     assert resumed.epoch == 3
 
 
+def stopped_at(epoch, *stage, record=None):
+    """A run whose checkpoint is of this epoch and stage: layers, learning rate, epochs, start."""
+    state = {"stage": dataclasses.asdict(checkpoints.Stage(*stage))}
+    return checkpoints.Run(epoch=epoch, record=record or {}, state=state)
+
+
+def test_which_stages_a_run_is_past_and_which_it_continues():
+    heads, everything = checkpoints.Stage("heads", 0.1, 5), checkpoints.Stage("all", 0.1, 8)
+    new = checkpoints.Run()
+    assert not new.is_past(heads)
+    assert not new.continues(heads)
+    amid = stopped_at(3, "heads", 0.1, 5, 0)
+    assert amid.continues(heads)
+    assert not amid.is_past(heads)
+    assert not amid.continues(everything)
+    # At the end of a stage it depends on whether its last epoch was judged.
+    assert stopped_at(5, "heads", 0.1, 5, 0).is_past(heads)
+    assert not stopped_at(5, "heads", 0.1, 5, 0, record={"epoch": 5}).is_past(heads)
+    # Of "all" that began after epoch 2: "heads" ended early, and is past for good.
+    later = stopped_at(4, "all", 0.1, 8, 2)
+    assert later.is_past(heads)
+    assert later.continues(everything)
+    assert not later.is_past(everything)
+    # Of "all" from the beginning, which nothing preceded: "heads" may follow.
+    assert not stopped_at(3, "all", 0.1, 8, 0).is_past(heads)
+
+
+def test_a_stage_that_early_stopping_ended_stays_ended_when_resumed(tmp_path, no_pictures):
+    scores = iter([0.3, 0.2, 0.1])
+    options = {"EARLY_STOPPING": 2, "STEPS_PER_EPOCH": 1, "VALIDATION_STEPS": 0}
+    train(make_model(tmp_path, **options), 9, evaluate=lambda model: {"segm_AP": next(scores)})
+    resumed = make_model(tmp_path, **options)
+    resumed.resume()
+    train(resumed, 9)
+    assert resumed.epoch == 3
+    resumed.config.EARLY_STOPPING = None
+    resumed.resume()
+    train(resumed, 4)
+    assert resumed.epoch == 4
+
+
+def test_runs_that_begin_in_one_second_have_folders_of_their_own(tmp_path):
+    folders = {checkpoints.make_folder(tmp_path, "Tiny") for _ in range(2)}
+    assert len(folders) == 2
+    assert {path.name[:4] for path in folders} == {"tiny"}
+    assert {path.parent for path in folders} == {tmp_path}
+
+
 def test_going_back_to_an_earlier_checkpoint_gives_up_those_after_it(tmp_path):
     model = make_model(tmp_path, KEEP_CHECKPOINTS=2, STEPS_PER_EPOCH=1)
     scores = iter([0.3, 0.2, 0.1])
@@ -428,6 +482,33 @@ def test_accumulation_takes_the_mean_of_the_gradients():
         moved += not torch.equal(parameter, before[name])
     assert moved == len(before)
     assert min(losses.values()) > 0
+
+
+def test_gradients_do_not_depend_on_which_thread_comes_first():
+    """Those of gathered rows would, where threads add to them as they come."""
+    torch.manual_seed(0)
+    rpn = modellib.RPN(64, 64, 3, 1)
+    features = [torch.randn(1, 64, n, n, requires_grad=True) for n in (16, 8, 4, 2, 1)]
+    anchors = torch.randint(3 * 341, (2048,))  # most pixels are in many of their patches
+    mask = modellib.Mask(64, 14, 3)
+    class_ids = torch.randint(3, (700,))
+    boxes = modellib.Rois(torch.rand(700, 2).repeat(1, 2) * 0.5, torch.zeros(700).long())
+    boxes.boxes[:, 2:] += 0.3
+
+    def gradients():
+        logits, deltas = rpn.at(features, torch.zeros_like(anchors), anchors)
+        total = logits.square().sum() + deltas.square().sum()
+        total = total + mask(features[:4], boxes, class_ids, (64, 64)).square().sum()
+        return torch.autograd.grad(total, [*features, mask.conv5.weight])
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        first = gradients()
+        for _ in range(4):
+            assert all(map(torch.equal, first, gradients()))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_gradients_are_clipped_once_per_step():
@@ -651,11 +732,6 @@ def test_a_stage_that_is_done_returns_at_once_and_the_next_goes_on(tmp_path):
     assert [record["epoch"] for record in history.read_history(folder)] == [1, 2]
 
 
-@pytest.fixture
-def no_pictures(monkeypatch):
-    monkeypatch.setattr(history.History, "_plot", lambda log: None)  # half of the time
-
-
 def test_early_stopping_and_callbacks_end_a_run(tmp_path, no_pictures):
     scores = iter([0.1, 0.3, 0.2, 0.3, 0.5])
     model = make_model(tmp_path, EARLY_STOPPING=2, STEPS_PER_EPOCH=1, VALIDATION_STEPS=0)
@@ -691,7 +767,8 @@ def test_without_validation_there_is_a_picture_and_nan_is_no_score(tmp_path):
 
 def test_steps_of_tensorboard_go_on_in_the_next_stage(tmp_path, monkeypatch):
     steps = []
-    monkeypatch.setattr(history.History, "scalars", lambda log, values, step: steps.append(step))
+    tell = lambda log, values, step: steps.append(step)  # noqa: E731
+    monkeypatch.setattr(history.History, "add_scalars", tell)
     model = make_model(tmp_path, STEPS_PER_EPOCH=2, VALIDATION_STEPS=0)
     train(model, 1, layers="heads")
     train(model, 2, layers="all")

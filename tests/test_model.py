@@ -13,6 +13,7 @@ from torch import nn
 
 import model as modellib
 import utils
+import weights
 from config import Config
 from model import MaskRCNN, Rois, RPNOutput
 
@@ -399,8 +400,6 @@ def test_modes_that_cannot_detect_say_so(tiny):
 
 
 def test_a_model_is_built_to_fit_a_file(tiny, tmp_path):
-    import weights
-
     path = tmp_path / "tiny.pth"
     weights.save_weights(tiny, path)
     model = MaskRCNN.from_weights(path, DETECTION_MAX_INSTANCES=3)
@@ -451,8 +450,6 @@ def test_a_backbone_of_ones_own_keeps_its_weights_and_takes_the_style():
 
 
 def test_two_models_of_one_config_have_styles_of_their_own(tmp_path):
-    import weights
-
     config = TinyConfig()
     plain, other = MaskRCNN(config), MaskRCNN(config)
     other.set_backbone_style("torchvision")
@@ -496,3 +493,83 @@ def test_imagenet_weights_come_from_where_the_config_says(tmp_path):
     model = MaskRCNN(TinyConfig(IMAGENET_MODEL_PATH=tmp_path / "resnet.pth"))
     with pytest.raises(FileNotFoundError, match="resnet.pth"):
         model.load_weights("imagenet")
+
+
+# --- Models from files, and calls written for Matterport's library ------------------------------
+
+
+class TwoClasses(TinyNetwork):
+    NAME = "two"
+    NUM_CLASSES = 2
+    DETECTION_MAX_INSTANCES = 7
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    torch.manual_seed(1)
+    model = MaskRCNN(TinyNetwork(NUM_CLASSES=4, POOL_SIZE=5))
+    weights.save_weights(model, tmp_path / "four.pth")
+    return model, tmp_path / "four.pth"
+
+
+def test_a_class_of_configuration_is_filled_with_what_the_file_tells(checkpoint):
+    saved, path = checkpoint
+    model = MaskRCNN.from_weights(path, TwoClasses, model_dir="elsewhere", PRE_NMS_LIMIT=50)
+    assert type(model.config) is TwoClasses
+    assert not model.training
+    assert model.model_dir.name == "elsewhere"
+    # Of the file, among them what follows from the network; then what is asked for.
+    assert (model.config.NUM_CLASSES, model.config.POOL_SIZE) == (4, 5)
+    assert (model.config.NAME, model.config.PRE_NMS_LIMIT) == ("tiny", 50)
+    for name, tensor in saved.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_other_classes_start_anew(checkpoint):
+    saved, path = checkpoint
+    head = ["classifier.linear_class", "mrcnn_bbox_fc", "mask.conv5"]
+    model = MaskRCNN.from_weights(path, TwoClasses, head, NUM_CLASSES=2)
+    assert model.classifier.linear_class.out_features == 2
+    assert torch.equal(model.rpn.conv_shared.weight, saved.rpn.conv_shared.weight)
+    with pytest.raises(ValueError, match="another shape"):
+        MaskRCNN.from_weights(path, TwoClasses, NUM_CLASSES=2)
+
+
+def test_a_configuration_is_taken_as_it_is(checkpoint):
+    _, path = checkpoint
+    config = TinyNetwork(NUM_CLASSES=4, POOL_SIZE=5, NAME="mine")
+    assert MaskRCNN.from_weights(path, config).config is config
+    with pytest.raises(TypeError, match="must be set in the config that is given, got {'SEED': 1}"):
+        MaskRCNN.from_weights(path, config, SEED=1)
+
+
+def test_options_that_became_properties_are_no_trouble_in_older_checkpoints(checkpoint):
+    _, path = checkpoint
+    data = torch.load(path, weights_only=True)
+    data["config"] |= {"MASK_SHAPE": [28, 28], "BACKBONE_STRIDES": [4, 8, 16, 32, 64]}
+    torch.save(data, path)
+    assert MaskRCNN.from_weights(path).config.MASK_SHAPE == (28, 28)
+
+
+def test_calls_of_matterport_work_or_name_the_new_spelling(checkpoint):
+    _, path = checkpoint
+    model = MaskRCNN(mode="inference", model_dir="logs", config=TwoClasses())
+    assert not model.training
+    assert MaskRCNN(mode="training", model_dir="logs", config=TwoClasses()).training
+    with pytest.raises(ValueError, match="mode must be 'training' or 'inference', got 'test'"):
+        MaskRCNN(TwoClasses(), mode="test")
+
+    model = MaskRCNN(TwoClasses(POOL_SIZE=5))
+    excluded = ["mrcnn_class_logits", "mrcnn_bbox_fc", "mrcnn_bbox", "mrcnn_mask"]
+    report = model.load_weights(path, by_name=True, exclude=excluded)
+    assert len(report.excluded) == 6
+    assert report.loaded
+    for call in (
+        lambda: model.train(utils.Dataset()),
+        lambda: model.train(utils.Dataset(), None, learning_rate=0.1, epochs=1, layers="heads"),
+        lambda: model.train(1),
+    ):
+        with pytest.raises(
+            TypeError, match=r"^train\(\) takes True or False.* train_model\(train_"
+        ):
+            call()
