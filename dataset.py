@@ -41,24 +41,6 @@ Target = dict[str, Any]
 Batch = tuple[Tensor, list[Target]]
 
 
-def resize_to_network(
-    image: np.ndarray, config: Config, rng: np.random.Generator | None = None
-) -> utils.ResizedImage:
-    """Resizes an image [H, W, C] as the config says; see utils.resize_image.
-
-    Raises:
-        ValueError: the mode is "none" and the sides are not those of a network input.
-    """
-    resized = utils.resize_image(image, **config.resize_options, rng=rng)
-    height, width = resized.image.shape[:2]
-    if not are_network_sides(height, width):
-        raise ValueError(
-            f"image sides must be multiples of 64 in mode 'none', got {height} x {width};"
-            " use IMAGE_RESIZE_MODE 'pad64'"
-        )
-    return resized
-
-
 # --- Items ---------------------------------------------------------------------------------------
 
 
@@ -167,7 +149,7 @@ class TorchDataset(torch.utils.data.Dataset[tuple[Tensor, Target]]):
         try:
             if self.augmentation is not None:
                 image, masks = augment(self.augmentation, image, masks, rng)
-            image, _, scale, padding, crop = resize_to_network(image, config, rng)
+            image, _, scale, padding, crop = utils.resize_to_network(image, config, rng)
         except Exception as error:  # whatever a user's augmentation stumbles over
             raise ValueError(f"image {self.describe(image_id)}: {error!r}") from error
         masks = utils.resize_mask(masks, scale, padding, crop)

@@ -34,7 +34,7 @@ import utils
 import weights
 from augmentation import Augmentation
 from config import Config
-from dataset import check_batch, resize_to_network
+from dataset import check_batch
 from fused import convolve
 from losses import (
     mrcnn_bbox_loss,
@@ -703,7 +703,8 @@ class MaskRCNN(nn.Module):
         """
         fused.prepare(self)
 
-    # ------------------------------------------------------------------ from images to detections or losses
+    # --- From images to detections, or to losses
+
     def forward(
         self, images: Tensor, targets: Sequence[Mapping[str, Any]] | None = None
     ) -> dict[str, Tensor] | Prediction:
@@ -843,7 +844,7 @@ class MaskRCNN(nn.Module):
         """
         if self.config.IMAGE_RESIZE_MODE == "crop":
             raise ValueError("IMAGE_RESIZE_MODE 'crop' is for training; detect with 'square'")
-        resized = [resize_to_network(image, self.config) for image in images]
+        resized = [utils.resize_to_network(image, self.config) for image in images]
         molded = torch.from_numpy(np.stack([item.image for item in resized]))
         corners = np.stack([item.window for item in resized])
         windows = torch.from_numpy(utils.norm_boxes(corners, molded.shape[1:3]))
@@ -889,7 +890,8 @@ class MaskRCNN(nn.Module):
             self._anchors[key] = pixels, unit
         return self._anchors[key]
 
-    # ------------------------------------------------------------------ losses
+    # --- Losses
+
     def _build_targets(
         self, targets: Sequence[Mapping[str, Any]], proposals: Rois, image_shape: Sequence[int]
     ) -> tuple[list[RPNTargets], list[RoiTargets]]:
@@ -947,7 +949,8 @@ class MaskRCNN(nn.Module):
         }
         return {name: self.config.LOSS_WEIGHTS[name] * loss for name, loss in losses.items()}
 
-    # ------------------------------------------------------------------ weights
+    # --- Weights
+
     def set_backbone_style(self, style: str) -> None:
         """Makes the ResNet compute what its weights were trained with.
 
@@ -1041,7 +1044,8 @@ class MaskRCNN(nn.Module):
         logger.info("%s", model.load_weights(path, exclude, verbose=False))
         return model.eval()
 
-    # ------------------------------------------------------------------ training
+    # --- Training
+
     def set_trainable(self, layers: str) -> int:
         r"""Lets training change the chosen layers and no others.
 

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from config import Config, are_network_sides
+
 logger = logging.getLogger(__name__)
 
 
@@ -431,6 +433,24 @@ def resize_image(
     padded = np.zeros((*full, *image.shape[2:]), dtype=image.dtype)
     padded[top : top + height, left : left + width] = scaled
     return ResizedImage(padded, window, scale, padding, None)
+
+
+def resize_to_network(
+    image: np.ndarray, config: Config, rng: np.random.Generator | None = None
+) -> ResizedImage:
+    """Resizes an image [H, W, C] as the config says; see resize_image.
+
+    Raises:
+        ValueError: the mode is "none" and the sides are not those of a network input.
+    """
+    resized = resize_image(image, **config.resize_options, rng=rng)
+    height, width = resized.image.shape[:2]
+    if not are_network_sides(height, width):
+        raise ValueError(
+            f"image sides must be multiples of 64 in mode 'none', got {height} x {width};"
+            " use IMAGE_RESIZE_MODE 'pad64'"
+        )
+    return resized
 
 
 # --- Masks ---------------------------------------------------------------------------------------
