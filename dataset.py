@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
 import utils
-from augmentation import Augmentation, augment
+from augmentation import Augmentation, Masks, augment
 from augmentation import ColorJitter as ColorJitter
 from augmentation import Compose as Compose
 from augmentation import RandomCrop as RandomCrop
@@ -31,6 +31,7 @@ from augmentation import ScaleJitter as ScaleJitter
 from augmentation import horizontal_flip as horizontal_flip
 from augmentation import rot90 as rot90
 from augmentation import vertical_flip as vertical_flip
+from boxed_masks import BoxedMasks
 from config import Config, are_network_sides
 
 logger = logging.getLogger(__name__)
@@ -152,31 +153,32 @@ class TorchDataset(torch.utils.data.Dataset[tuple[Tensor, Target]]):
             image, _, scale, padding, crop = utils.resize_to_network(image, config, rng)
         except Exception as error:  # whatever a user's augmentation stumbles over
             raise ValueError(f"image {self.describe(image_id)}: {error!r}") from error
-        masks = utils.resize_mask(masks, scale, padding, crop)
-        boxes = utils.extract_bboxes(masks)
-        keep = self._choose(image_id, boxes, class_ids, rng)
-        if len(keep) < len(class_ids):
-            masks, boxes, class_ids = masks[:, :, keep], boxes[keep], class_ids[keep]
+        if not isinstance(masks, BoxedMasks):
+            masks = BoxedMasks.from_array(masks)
+        masks = masks.resize(scale, padding, crop).tight()
+        keep = self._choose(image_id, masks.boxes, class_ids, rng)
+        masks, class_ids = masks.select(keep), class_ids[keep]
         if config.SKIP_EMPTY_IMAGES and not (class_ids > 0).any():
             return None
 
-        if config.USE_MINI_MASK:
-            masks = utils.minimize_mask(boxes, masks, config.MINI_MASK_SHAPE)
+        boxes = masks.boxes.astype(np.float32)
+        mini = config.USE_MINI_MASK
+        planes = masks.minimize(config.MINI_MASK_SHAPE) if mini else np.asarray(masks)
         active = np.zeros(config.NUM_CLASSES, dtype=bool)
         active[self.dataset.source_class_ids[self.dataset.image_info[image_id]["source"]]] = True
         return _planes(image), {
             "class_ids": torch.from_numpy(class_ids),
-            "boxes": torch.from_numpy(boxes.astype(np.float32)),
-            "masks": _planes(masks),
+            "boxes": torch.from_numpy(boxes),
+            "masks": _planes(planes),
             "active_class_ids": torch.from_numpy(active),
             "image_id": image_id,
         }
 
-    def _read(self, image_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _read(self, image_id: int) -> tuple[np.ndarray, Masks, np.ndarray]:
         """Image [H, W, C] uint8, masks [H, W, N] bool and class ids [N] int64, checked."""
         image = self.dataset.load_image(image_id)
         image = utils.as_uint8_image(image, self.config.IMAGE_CHANNEL_COUNT)
-        masks, class_ids = self.dataset.load_mask(image_id)
+        masks, class_ids = load_boxed_masks(self.dataset, image_id)
         class_ids = np.array(class_ids, dtype=np.int64)
         if class_ids.ndim != 1 or masks.shape != (*image.shape[:2], len(class_ids)):
             raise ValueError(
@@ -190,7 +192,8 @@ class TorchDataset(torch.utils.data.Dataset[tuple[Tensor, Target]]):
                 f"class ids must be in 1..{self.config.NUM_CLASSES - 1}, or negative for crowds,"
                 f" got {class_ids[wrong].tolist()}"
             )
-        return image, masks.astype(bool, copy=False), class_ids
+        boxed = isinstance(masks, BoxedMasks)
+        return image, masks if boxed else masks.astype(bool, copy=False), class_ids
 
     def _choose(
         self, image_id: int, boxes: np.ndarray, class_ids: np.ndarray, rng: np.random.Generator
@@ -213,6 +216,20 @@ class TorchDataset(torch.utils.data.Dataset[tuple[Tensor, Target]]):
         if not self._logged[image_id]:
             self._logged[image_id] = True
             logger.log(level, message)
+
+
+def load_boxed_masks(dataset: utils.Dataset, image_id: int) -> tuple[Masks, np.ndarray]:
+    """Masks and class ids of an image: BoxedMasks where the data set can, else an array [H, W, N].
+
+    A data set can if it has a method load_boxed_masks, unless a sub-class has a load_mask of its
+    own, which then counts.
+    """
+    for cls in type(dataset).__mro__:
+        if "load_boxed_masks" in vars(cls):
+            return dataset.load_boxed_masks(image_id)
+        if "load_mask" in vars(cls):
+            break
+    return dataset.load_mask(image_id)
 
 
 def _planes(array: np.ndarray) -> Tensor:

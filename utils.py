@@ -467,15 +467,23 @@ def resize_mask(
     Matterport: corners are mapped to corners (scipy.ndimage.zoom), while the image is resized about
     half-pixel centres, so the two can differ by up to half a pixel.
     """
-    height, width = _scaled_shape(mask.shape, scale)
+    y, x = mask_taps(mask.shape, scale, crop)
+    resized = mask[y[:, None], x]
+    return resized if crop is not None else np.pad(resized, padding)
+
+
+def mask_taps(
+    shape: Sequence[int], scale: float, crop: tuple[int, int, int, int] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of masks of this shape that resize_mask takes."""
+    height, width = _scaled_shape(shape, scale)
     y, x = (
         np.floor(np.arange(new) * ((old - 1) / max(new - 1, 1)) + 0.5).astype(np.int64)
-        for old, new in ((mask.shape[0], height), (mask.shape[1], width))
+        for old, new in ((shape[0], height), (shape[1], width))
     )
     if crop is not None:
         y, x = y[crop[0] : crop[0] + crop[2]], x[crop[1] : crop[1] + crop[3]]
-        return mask[y[:, None], x]
-    return np.pad(mask[y[:, None], x], padding)
+    return y, x
 
 
 def extract_bboxes(mask: np.ndarray) -> np.ndarray:
