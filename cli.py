@@ -25,6 +25,8 @@ from typing import Any, NoReturn
 
 import torch
 
+import distributed
+
 # What goes wrong without a fault in the program: files, values, training and memory.
 EXPECTED = (OSError, ValueError, FloatingPointError, torch.OutOfMemoryError)
 
@@ -109,11 +111,8 @@ def _joined(args: argparse.Namespace) -> Iterator[None]:
     if not hasattr(args, "device"):
         yield
         return
-    from training import distributed as join  # at merge: from distributed import is_main, join
-    from training import is_main
-
-    with join(args.device) as args.device:
-        if not is_main():
+    with distributed.join(args.device) as args.device:
+        if not distributed.is_main():
             logging.disable(logging.WARNING)
         yield
 
@@ -121,7 +120,7 @@ def _joined(args: argparse.Namespace) -> Iterator[None]:
 # --- Options -------------------------------------------------------------------------------------
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
+def add_device(parser: argparse._ActionsContainer) -> None:
     """Adds --device; in the function that run() calls, args.device is a torch.device."""
     text = "cpu, cuda, cuda:1, ...; default: cuda where there is one"
     parser.add_argument("--device", type=device_name, help=text)

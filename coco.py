@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
+import checkpoints
 import cli
+import distributed
 import model as modellib
-import training
-import training as distributed  # at merge: import distributed
 import utils
 import weights
 from annotations import DrawnDataset, LabelmeDataset, ViaDataset
@@ -171,8 +171,7 @@ def model_file(args: argparse.Namespace) -> Path | None:
     """The file behind --model, in all processes after the main one has found or fetched it."""
     path = None
     if distributed.is_main() and args.model == "last":
-        # At merge: path = checkpoints.find_last(args.logs, CocoConfig.NAME).path
-        path = training.first_readable(training.find_checkpoints(args.logs, CocoConfig.NAME)).path
+        path = checkpoints.find_last(args.logs, CocoConfig.NAME).path
     elif distributed.is_main() and args.model != "random":
         path = weights.find_weights(args.model, args.BACKBONE or CocoConfig.BACKBONE)
     return distributed.from_main(path)
@@ -328,16 +327,22 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(prog="coco.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (function, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text, epilog=EXAMPLES[name])
+        model = "" if name == "inspect" else " --model MODEL"
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            usage=f"coco.py {name} (--dataset DIR | --images DIR --annotations FILE){model} ...",
+            epilog=EXAMPLES[name],
+        )
         command.set_defaults(run=function)
         add_data_options(command, name)
-        if name == "inspect":
-            add = command.add_argument_group("output").add_argument
-            add("--output", default="inspect.png", metavar="FILE", help="default: inspect.png")
-        else:
+        if name != "inspect":
             add_model_options(command, name)
         if name == "train":
             add_training_options(command)
+        else:
+            add_output_options(command, name)
     return parser
 
 
@@ -352,7 +357,7 @@ def add_data_options(parser: cli.Parser, command: str) -> None:
         nargs="?",
         const=True,
         metavar="true|false",
-        help="fetch what is missing of it",
+        help="fetch what is missing of MS COCO",
     )
 
     add = parser.add_argument_group("data of one's own, instead of --dataset").add_argument
@@ -360,14 +365,15 @@ def add_data_options(parser: cli.Parser, command: str) -> None:
     add("--annotations", metavar="FILE", help="the json that describes them; labelme: the folder")
     formats = ("coco", *DRAWN)
     add("--format", choices=formats, default="coco", help="of the annotations; default: coco")
-    add("--class-attribute", metavar="NAME", help="VIA's region attribute that holds the class")
+    text = "VIA's region attribute that holds the class; default: the only one"
+    add("--class-attribute", metavar="NAME", help=text)
     if command == "train":
         add("--val-annotations", metavar="FILE", help="what to evaluate each epoch on")
-        add("--val-images", metavar="DIR", help="the images of it; default: --images")
+        add("--val-images", metavar="DIR", help="where its images are; default: --images")
         text = "share of the images kept to evaluate on without --val-annotations; default: 0.2"
         add("--val-share", type=cli.share, metavar="X", help=text)
 
-    add = parser.add_argument_group("size").add_argument
+    add = parser.add_argument_group("how many images, and how large").add_argument
     text = "images to look at" if command == "inspect" else "images to evaluate"
     add(
         "--limit", type=cli.whole(0), default=500, metavar="N", help=f"{text}, 0: all; default: 500"
@@ -378,25 +384,34 @@ def add_data_options(parser: cli.Parser, command: str) -> None:
 
 def add_model_options(parser: cli.Parser, command: str) -> None:
     """Which model, and where it computes. An option in capitals is one of Config."""
-    add = parser.add_argument_group("model").add_argument
+    group = parser.add_argument_group("model")
+    add = group.add_argument
     models = {"train": "coco, imagenet, random, last or a file", "evaluate": "coco, last or a file"}
     add("--model", required=True, help=f"weights: {models[command]} (.h5, .pth)")
-    add("--logs", default="logs", metavar="DIR", help="of the checkpoints; default: logs")
+    add("--logs", default="logs", metavar="DIR", help="holds the checkpoints; default: logs")
     backbones = tuple(modellib.BLOCKS)
     text = "of a new model; default: resnet101"
     add("--backbone", dest="BACKBONE", choices=backbones, help=text)
     text = "images at once, in each process"
     add("--batch", dest="IMAGES_PER_GPU", type=cli.whole(1), metavar="N", help=text)
-    cli.add_device(parser)
+    cli.add_device(group)
+
+
+def add_output_options(parser: cli.Parser, command: str) -> None:
+    """Which file to write."""
+    add = parser.add_argument_group("output").add_argument
     if command == "evaluate":
         text = "write the detections in COCO's result format"
         add("--results", metavar="OUT.json", help=text)
+    else:
+        text = "the picture of annotated images; default: inspect.png"
+        add("--output", default="inspect.png", metavar="FILE", help=text)
 
 
 def add_training_options(parser: cli.Parser) -> None:
     """How to train. An option in capitals is one of Config."""
     add = parser.add_argument_group("training").add_argument
-    text = "one stage only: heads, 3+, 4+, 5+, all or a regular expression"
+    text = "one stage only, of heads, 3+, 4+, 5+, all or a regular expression"
     add("--layers", help=text)
     add("--epochs", type=cli.whole(1), metavar="N", help="one stage only, to this epoch")
     text = "of an epoch; default: 1000, and for one's own data once through it, at least 100"

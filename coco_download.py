@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-import training as distributed  # at merge: import distributed
+import distributed
 import weights
 
 logger = logging.getLogger(__name__)

@@ -52,7 +52,7 @@ def sample_images(model: str) -> dict[str, np.ndarray]:
 
     if model != "shapes":
         return {"astronaut": skimage.data.astronaut()}
-    from samples.shapes import scene
+    from samples.scenes import scene
 
     # The scenes of seed 0 were trained on.
     return {"coins": utils.as_uint8_image(skimage.data.coins()), "shapes": scene(1).image}

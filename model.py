@@ -959,18 +959,21 @@ class MaskRCNN(nn.Module):
         return weights.load_weights(self, path, **options)
 
     @classmethod
-    def from_weights(cls, path: str | Path, **options: Any) -> "MaskRCNN":
-        """A model in inference mode that fits a weight file, with its weights.
-
-        Args:
-            path: "coco", or a .h5 or .pth file, which tells depth, widths and classes; our own
-                checkpoints tell the whole configuration.
-            options: of Config, e.g. DETECTION_MIN_CONFIDENCE=0.5; they win over the file's.
-        """
+    def from_weights(
+        cls,
+        path: str | Path,
+        config: type[Config] | Config = Config,
+        exclude: Sequence[str] = (),
+        model_dir: str | Path = "logs",
+        **options: Any,
+    ) -> "MaskRCNN":
+        """At the merge: take the lead's."""
         file = weights.read_state_dict(weights.find_weights(path))
-        known = {k: v for k, v in weights.read_options(file).items() if hasattr(Config, k)}
-        model = cls(Config(**{**known, **options}))
-        weights.load_weights(model, file, verbose=False)
+        if isinstance(config, type):
+            known = {k: v for k, v in weights.read_options(file).items() if hasattr(Config, k)}
+            config = config(**{**known, **options})
+        model = cls(config, model_dir)
+        weights.load_weights(model, file, exclude, verbose=False)
         return model.eval()
 
     @property

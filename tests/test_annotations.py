@@ -1,4 +1,4 @@
-"""The readers of samples/custom.py against masks drawn by other means, and its command line."""
+"""The readers of VIA and labelme against masks drawn by other means."""
 
 import base64
 import io
@@ -7,13 +7,11 @@ import json
 import numpy as np
 import pytest
 import skimage.draw
-from conftest import SHARED, TinyNetwork, needs_shared
+from conftest import SHARED, needs_shared
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
-import model as modellib
-import weights
-from samples import custom
+import annotations
 
 HEIGHT, WIDTH = 60, 90
 STAR = [(10, 5), (40, 12), (70, 5), (50, 30), (72, 55), (38, 44), (8, 52), (25, 28)]
@@ -56,7 +54,7 @@ def save(folder, content, name="regions.json"):
 
 
 def read_via(folder, *entries, **options):
-    data = custom.ViaDataset()
+    data = annotations.ViaDataset()
     path = save(folder, {f"{entry['filename']}1234": entry for entry in entries})
     data.load_annotations(folder, path, **options)
     data.prepare()
@@ -120,7 +118,7 @@ def test_each_version_of_via(folder, version):
             "_via_data_format_version": "2.0.10",
             "_via_image_id_list": list(content),
         }
-    data = custom.ViaDataset()
+    data = annotations.ViaDataset()
     data.load_annotations(folder, save(folder, content))
     data.prepare()
     assert data.class_names == ["BG", "date", "fig"]
@@ -221,12 +219,12 @@ def test_a_file_of_another_kind_is_refused(folder, text, reason):
     path = folder / "other.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=f"other.json {reason}"):
-        custom.ViaDataset().load_annotations(folder, path)
+        annotations.ViaDataset().load_annotations(folder, path)
 
 
 def test_missing_files_are_named(folder):
     with pytest.raises(FileNotFoundError, match="gone.json"):
-        custom.ViaDataset().load_annotations(folder, folder / "gone.json")
+        annotations.ViaDataset().load_annotations(folder, folder / "gone.json")
     with pytest.raises(FileNotFoundError, match="gone.png"):
         read_via(folder, via("gone.png", [region(RECT)]))
 
@@ -256,7 +254,7 @@ def png(mask):
 
 
 def read_labelme(folder, images=None):
-    data = custom.LabelmeDataset()
+    data = annotations.LabelmeDataset()
     data.load_annotations(images or folder, folder)
     data.prepare()
     return data
@@ -373,11 +371,14 @@ def test_polygons_of_photographs_agree_with_pycocotools(tmp_path, kind):
             {"all_points_x": x, "all_points_y": y} for x, y in (o.T.tolist() for o in outlines)
         ]
         regions = [region({"name": "polygon", **s}) for s in shapes]
-        data, path = custom.ViaDataset(), save(tmp_path, {"0": via(image["file_name"], regions)})
+        data, path = (
+            annotations.ViaDataset(),
+            save(tmp_path, {"0": via(image["file_name"], regions)}),
+        )
     else:
         shapes = [shape("fruit", "polygon", o.tolist()) for o in outlines]
         data, path = (
-            custom.LabelmeDataset(),
+            annotations.LabelmeDataset(),
             labelme(tmp_path, "0.json", shapes, image["file_name"]),
         )
     data.load_annotations(fruits / "images", path)
@@ -390,125 +391,3 @@ def test_polygons_of_photographs_agree_with_pycocotools(tmp_path, kind):
         ]
         union = (masks[:, :, i] | (expected > 0)).sum()
         assert (masks[:, :, i] & (expected > 0)).sum() > 0.98 * union > 100
-
-
-# --- Command line --------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tiny_weights(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "tiny.pth"
-    config = TinyNetwork(NUM_CLASSES=7, IMAGES_PER_GPU=1)
-    weights.save_weights(modellib.MaskRCNN(config), path)
-    return path
-
-
-def test_split_is_the_seed_s(folder):
-    data = read_via(folder, via("a.png", [region(RECT)]))
-    data.image_info = [{**data.image_info[0], "id": i} for i in range(10)]
-    data.prepare()
-    parts = [[info["id"] for info in part.image_info] for part in custom.split(data, 3)]
-    assert [len(part) for part in parts] == [8, 2]
-    assert sorted(parts[0] + parts[1]) == list(range(10))
-    assert parts == [[i["id"] for i in part.image_info] for part in custom.split(data, 3)]
-    assert parts != [[i["id"] for i in part.image_info] for part in custom.split(data, 4)]
-    with pytest.raises(ValueError, match="two images or more"):
-        custom.split(read_via(folder, via("a.png", [region(RECT)])), 0)
-
-
-def run(folder, tiny_weights, *arguments):
-    common = ["--images", folder, "--model", tiny_weights, "--logs", folder / "logs"]
-    common += ["--workers", 0, "--batch", 1, "--device", "cpu"]
-    return custom.main([*map(str, common), *map(str, arguments)])
-
-
-def test_training_from_via_to_evaluation(folder, tiny_weights, capsys):
-    regions = [region(RECT, kind="fig"), region(ELLIPSE, kind="date")]
-    content = {name: via(name, regions) for name in ("a.png", "b.jpg")}
-    path = save(folder, content)
-    options = ("--format", "via", "--annotations", path)
-    assert run(folder, tiny_weights, "train", *options, "--epochs", 1, 1) == 0
-    (log_dir,) = (folder / "logs").glob("custom*")
-    history = [json.loads(line) for line in (log_dir / "history.jsonl").read_text().splitlines()]
-    assert [record["epoch"] for record in history] == [1, 2]
-    assert all(np.isfinite(record["val_loss"]) for record in history)
-    assert [record["learning_rate"] for record in history] == pytest.approx([1e-3, 1e-4])
-    assert all("segm_AP" in record for record in history)
-    trained = weights.read_state_dict(log_dir / "best.pth")
-    assert trained.config["CLASS_NAMES"] == ["BG", "date", "fig"]
-    assert trained.config["NUM_CLASSES"] == 3
-    assert trained.config["BACKBONE"]["width"] == 8
-    before = weights.read_state_dict(tiny_weights).state_dict
-    # What fitted was loaded, and BatchNorm stays as it was; the last layers are for other classes.
-    key = "fpn.C2.0.bn1.running_mean"
-    assert (trained.state_dict[key] == before[key]).all()
-    assert len(trained.state_dict["mask.conv5.weight"]) == 3
-    capsys.readouterr()
-
-    assert run(folder, log_dir / "best.pth", "evaluate", *options) == 0
-    output = capsys.readouterr().out
-    assert "2 images" in output
-    assert "fig" in output
-
-
-def test_going_on_from_the_last_checkpoint(folder, tiny_weights):
-    labelme(folder, "a.json", [shape("fig", "polygon", STAR)])
-    labelme(folder, "b.json", [shape("fig", "polygon", STAR)], path="b.jpg")
-    options = ("--format", "labelme", "--annotations", folder)
-    assert run(folder, tiny_weights, "train", *options, "--epochs", 1, 0) == 0
-    assert run(folder, "last", "train", *options, "--epochs", 1, 1) == 0
-    (log_dir,) = (folder / "logs").glob("custom*")
-    history = [json.loads(line) for line in (log_dir / "history.jsonl").read_text().splitlines()]
-    assert [record["epoch"] for record in history] == [1, 2]
-
-
-def test_an_interrupt_says_how_to_go_on(folder, tiny_weights, capsys, monkeypatch):
-    def press(*arguments):
-        raise KeyboardInterrupt("saved x.pth")
-
-    monkeypatch.setattr(custom, "train", press)
-    assert run(folder, tiny_weights, "train", "--annotations", "a.json") == 130
-    assert capsys.readouterr().err == "custom.py: saved x.pth; go on with --model last\n"
-
-
-@needs_shared
-def test_training_on_photographs_of_fruits_and_nuts(tmp_path, tiny_weights):
-    fruits = SHARED / "data" / "fruits_nuts"
-    options = ("--annotations", fruits / "instances.json", "--logs", tmp_path, "--batch", 8)
-    arguments = (fruits / "images", tiny_weights, "train", *options, "--epochs", 1, 0)
-    assert run(*arguments) == 0
-    (log_dir,) = tmp_path.glob("custom*")
-    trained = weights.read_state_dict(log_dir / "mask_rcnn_custom_0001.pth")
-    assert trained.config["CLASS_NAMES"] == ["BG", "date", "fig", "hazelnut"]
-    assert trained.config["STEPS_PER_EPOCH"] == 2  # 14 of the 18 images
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--format", "via", "--annotations", "gone.json"), "gone.json"),
-        (("--format", "via", "--annotations", "coco.json"), "is not of VIA 1 or 2; check --format"),
-        (("--annotations", "coco.json", "--model", "gone.pth"), "gone.pth"),
-        (("--annotations", "coco.json", "--image-dim", "100"), "multiple of 64"),
-        (("--annotations", "coco.json", "--batch", "0"), "IMAGES_PER_GPU must be a whole number"),
-        (("--annotations", "coco.json", "--epochs", "0", "0"), "--epochs must ask for one"),
-    ],
-)
-def test_a_bad_value_gets_one_line_and_status_2(
-    folder, tiny_weights, capsys, monkeypatch, arguments, message
-):
-    square = {"bbox": [0, 0, 9, 9], "segmentation": [[0, 0, 9, 0, 9, 9]], "area": 40, "iscrowd": 0}
-    content = {
-        "images": [
-            {"id": i, "file_name": name, "width": WIDTH, "height": HEIGHT}
-            for i, name in enumerate(("a.png", "b.jpg"))
-        ],
-        "annotations": [{"id": i + 1, "image_id": i, "category_id": 1, **square} for i in (0, 1)],
-        "categories": [{"id": 1, "name": "fig"}],
-    }
-    save(folder, content, "coco.json")
-    monkeypatch.chdir(folder)
-    assert run(folder, tiny_weights, "train", *arguments) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("custom.py: ")
-    assert message in error
