@@ -81,7 +81,10 @@ OWN_STAGES = (("heads", 10, 1.0), ("all", 30, 0.1))
 
 def train(args: argparse.Namespace) -> None:
     """python coco.py train"""
-    path = model_file(args)  # first: a wrong one should not cost the minutes of loading the data
+    backbone = args.BACKBONE or CocoConfig.BACKBONE
+    path = model_file(
+        args, backbone
+    )  # first: a wrong one should not cost the minutes of loading the data
     train_set = training_data(args)
     val_set = validation_data(args, train_set.class_names)
     if args.SEED is not None:
@@ -167,13 +170,17 @@ def model_to_train(
     return model
 
 
-def model_file(args: argparse.Namespace) -> Path | None:
-    """The file behind --model, in all processes after the main one has found or fetched it."""
+def model_file(args: argparse.Namespace, backbone: object = None) -> Path | None:
+    """The file behind --model, in all processes after the main one has found or fetched it.
+
+    Args:
+        backbone: for which to look for ImageNet weights.
+    """
     path = None
     if distributed.is_main() and args.model == "last":
         path = checkpoints.find_last(args.logs, CocoConfig.NAME).path
     elif distributed.is_main() and args.model != "random":
-        path = weights.find_weights(args.model, args.BACKBONE or CocoConfig.BACKBONE)
+        path = weights.find_weights(args.model, backbone)
     return distributed.from_main(path)
 
 
@@ -389,9 +396,9 @@ def add_model_options(parser: cli.Parser, command: str) -> None:
     models = {"train": "coco, imagenet, random, last or a file", "evaluate": "coco, last or a file"}
     add("--model", required=True, help=f"weights: {models[command]} (.h5, .pth)")
     add("--logs", default="logs", metavar="DIR", help="holds the checkpoints; default: logs")
-    backbones = tuple(modellib.BLOCKS)
-    text = "of a new model; default: resnet101"
-    add("--backbone", dest="BACKBONE", choices=backbones, help=text)
+    if command == "train":
+        text = "of a new model; default: resnet101"
+        add("--backbone", dest="BACKBONE", choices=tuple(modellib.BLOCKS), help=text)
     text = "images at once, in each process"
     add("--batch", dest="IMAGES_PER_GPU", type=cli.whole(1), metavar="N", help=text)
     cli.add_device(group)

@@ -391,3 +391,35 @@ def test_polygons_of_photographs_agree_with_pycocotools(tmp_path, kind):
         ]
         union = (masks[:, :, i] | (expected > 0)).sum()
         assert (masks[:, :, i] & (expected > 0)).sum() > 0.98 * union > 100
+
+
+# --- Parts ---------------------------------------------------------------------------------------
+
+
+def test_a_split_is_the_seed_s(folder):
+    regions = [region(RECT, kind="fig"), region(CIRCLE, kind="date")]
+    data = read_via(folder, via("a.png", regions))
+    data.image_info = [{**data.image_info[0], "id": i} for i in range(12)]
+    data.prepare()
+
+    def ids(share, seed=0):
+        return [[info["id"] for info in part.image_info] for part in data.split(share, seed)]
+
+    rest, kept = ids(0.2, 3)
+    assert (len(rest), len(kept)) == (10, 2)  # of 2.4
+    assert sorted(rest + kept) == list(range(12))
+    assert [rest, kept] == [sorted(rest), sorted(kept)]
+    assert ids(0.2, 3) == [rest, kept]
+    assert ids(0.2, 4) != [rest, kept]
+    assert ids(0)[1] == []
+    for part in data.split(0.2):
+        assert part.class_names == data.class_names == ["BG", "date", "fig"]
+        assert part.load_mask(0)[1].tolist() == [2, 1]
+        assert part.num_images == len(part.image_ids) == len(part.image_info)
+    assert data.num_images == 12
+
+
+def test_the_old_import_still_works():
+    from samples.annotations import LabelmeDataset, ViaDataset
+
+    assert (LabelmeDataset, ViaDataset) == (annotations.LabelmeDataset, annotations.ViaDataset)

@@ -722,7 +722,7 @@ def test_a_damaged_last_checkpoint_is_passed_over(checkpoint, layout, tmp_path):
     content = checkpoint.read_bytes()
     (folder / "mask_rcnn_coco_0001.pth").write_bytes(content)
     (folder / "mask_rcnn_coco_0002.pth").write_bytes(content[: len(content) // 2])
-    args = argparse.Namespace(model="last", logs=tmp_path / "logs", BACKBONE=None)
+    args = argparse.Namespace(model="last", logs=tmp_path / "logs")
     assert coco.model_file(args) == folder / "mask_rcnn_coco_0001.pth"
     (folder / "mask_rcnn_coco_0001.pth").unlink()
     with pytest.raises(ValueError, match="none of the checkpoints can be read: .*0002.pth"):

@@ -1,5 +1,6 @@
 """samples/nuclei.py: its augmentation, its command line, and the weights that ship."""
 
+import argparse
 import json
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from conftest import SHARED, needs_shared
 from PIL import Image
 
-import coco
+import evaluation
 import model as modellib
 import utils
 import weights
@@ -146,8 +147,8 @@ def test_the_shipped_weights_find_bright_discs(shipped, size, count, radius):
 
 @needs_shared
 def test_the_shipped_weights_on_validation_images(shipped):
-    data = nuclei.load(NUCLEI, "val")
+    data = nuclei.load(argparse.Namespace(dataset=NUCLEI), "val")
     ids = np.linspace(0, data.num_images - 1, 10).astype(int)
-    result = coco.evaluate_coco(shipped, data, image_ids=ids, min_confidence=0.0, verbose=0)
+    result = evaluation.evaluate_coco(shipped, data, image_ids=ids, min_confidence=0.0, verbose=0)
     assert result.segm["AP"] > 0.5
     assert result.segm["AP50"] > 0.8
