@@ -820,6 +820,166 @@ def test_own_classes_start_anew(checkpoint, tmp_path, monkeypatch, capsys):
     assert "classes of the data set, 3 with the background, got 81" in error
 
 
+def own_data(folder, count, categories=None):
+    """Options for photographs in COCO's format, each of which shows two objects."""
+    images = [{"id": i, "file_name": f"{i}.png", "height": 20, "width": 30} for i in range(count)]
+    items = [annotation(2 * i + j, i, (3, 7)[j]) for i in range(count) for j in (0, 1)]
+    path = write(folder, items, images, categories)
+    return ["--images", str(folder), "--annotations", str(path)]
+
+
+def test_a_fifth_of_own_images_is_kept_to_validate_with(checkpoint, tmp_path, monkeypatch, capsys):
+    recorder = Recorder(monkeypatch)
+
+    def kept(*options, count=11):
+        run = ["train", *own_data(tmp_path / "photos", count), f"--model={checkpoint}", *options]
+        assert coco.main([*run, f"--logs={tmp_path}"]) == 0
+        parts = [{i["id"] for i in part.image_info} for part in (recorder.train, recorder.val)]
+        assert parts[0] | parts[1] == set(range(count))
+        assert not parts[0] & parts[1]
+        return parts[1]
+
+    first = kept()
+    assert len(first) == 2
+    assert recorder.options["evaluate"](recorder.model).keys() >= {"segm_AP"}
+    assert kept("--seed=0") == first  # SEED of the file
+    assert kept("--seed=1") != first
+    assert len(kept("--val-share=0.5")) == 5
+    for options in (["--val-share=0"], ["--val-annotations", str(tmp_path / "photos.json")]):
+        run = ["train", *own_data(tmp_path / "photos", 11), f"--model={checkpoint}", *options]
+        if "--val-annotations" in options:
+            shutil.copy(tmp_path / "photos" / "annotations.json", options[1])
+        assert coco.main([*run, f"--logs={tmp_path}"]) == 0
+        assert recorder.train.num_images == 11
+    assert recorder.val.num_images == 11
+
+
+def test_the_stages_of_own_data(checkpoint, tmp_path, monkeypatch):
+    recorder = Recorder(monkeypatch)
+    logs = [f"--logs={tmp_path}", f"--model={checkpoint}"]
+    run = ["train", *own_data(tmp_path / "photos", 5), *logs]
+    assert coco.main(run) == 0
+    assert recorder.calls == [("heads", 10, 0.001), ("all", 30, pytest.approx(0.0001))]
+    assert recorder.model.config.STEPS_PER_EPOCH == 100
+    assert coco.main([*run, "--steps=7"]) == 0
+    assert recorder.model.config.STEPS_PER_EPOCH == 7
+    recorder.calls.clear()
+    assert coco.main([*run, "--epochs=3"]) == 0
+    assert recorder.calls == [("all", 3, 0.001)]
+    run = ["train", *own_data(tmp_path / "many", 260), *logs, "--batch=1", "--accumulate=2"]
+    assert coco.main([*run, "--val-share=0.01"]) == 0
+    assert recorder.model.config.STEPS_PER_EPOCH == 129  # half of 258
+
+
+def test_a_run_of_own_data_goes_on_as_it_began(checkpoint, tmp_path):
+    run = ["train", *own_data(tmp_path / "photos", 6), f"--logs={tmp_path / 'logs'}"]
+    first = [f"--model={checkpoint}", "--epochs=1", "--steps=1", "--seed=4", "--layers=heads"]
+    assert coco.main([*run, *first, "--device=cpu"]) == 0
+    assert coco.main([*run, "--model=last", "--epochs=2", "--layers=heads", "--device=cpu"]) == 0
+    (folder,) = (tmp_path / "logs").iterdir()
+    records = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    assert [(record["epoch"], record["steps"]) for record in records] == [(1, 1), (2, 1)]
+    assert all("segm_AP" in record for record in records)
+
+
+def write_via(folder, kinds, name="via.json", count=6):
+    """Options for photographs annotated with VIA, with an object of each kind in each."""
+    folder.mkdir(exist_ok=True)
+    entries = {}
+    for i in range(count):
+        Image.fromarray(synthetic_image(20, 30)).save(folder / f"{i}.png")
+        regions = [
+            {
+                "shape_attributes": {"name": "rect", "x": 2, "y": 3, "width": 6 + j, "height": 6},
+                "region_attributes": {"kind": kind, "note": "?"},
+            }
+            for j, kind in enumerate(kinds)
+        ]
+        entries[f"{i}.png9"] = {"filename": f"{i}.png", "size": 9, "regions": regions}
+    (folder / name).write_text(json.dumps(entries))
+    return ["--images", str(folder), "--annotations", str(folder / name), "--format=via"]
+
+
+def write_labelme(folder, count=6):
+    folder.mkdir(exist_ok=True)
+    shape = {"shape_type": "rectangle", "points": [[2, 3], [8, 9]], "group_id": None}
+    for i in range(count):
+        Image.fromarray(synthetic_image(20, 30)).save(folder / f"{i}.png")
+        shapes = [{**shape, "label": "nut"}, {**shape, "label": "fig"}]
+        content = {"shapes": shapes, "imagePath": f"{i}.png", "imageData": None}
+        (folder / f"{i}.json").write_text(json.dumps(content))
+    return ["--images", str(folder), "--annotations", str(folder), "--format=labelme"]
+
+
+def test_from_via_to_numbers(checkpoint, tmp_path, capsys):
+    logs, photos = f"--logs={tmp_path / 'logs'}", tmp_path / "photos"
+    data = [*write_via(photos, ["nut", "fig"]), "--class-attribute=kind"]
+    assert coco.main(["inspect", *data, f"--output={tmp_path / 'sheet.png'}"]) == 0
+    assert "12 objects, 0 crowds, of 2 classes:\n        6 fig\n" in capsys.readouterr().out
+    assert utils.load_image(tmp_path / "sheet.png").std() > 10
+
+    run = ["train", *data, f"--model={checkpoint}", logs, "--epochs=1", "--steps=1", "--device=cpu"]
+    assert coco.main(run) == 0
+    (best,) = tmp_path.glob("logs/coco*/best.pth")
+    assert weights.read_options(best)["CLASS_NAMES"] == ["BG", "fig", "nut"]
+    (record,) = map(json.loads, (best.parent / "history.jsonl").read_text().splitlines())
+    assert "segm_AP" in record  # one of the six images was kept
+
+    # A file without figs: its nuts are still the second class.
+    nuts = [*write_via(photos, ["nut"], "nuts.json"), "--class-attribute=kind"]
+    capsys.readouterr()
+    for model in (best, "last"):
+        assert coco.main(["evaluate", *nuts, f"--model={model}", logs]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith("6 images, 6 objects")
+        assert [line.split()[0] for line in lines[lines.index("") + 2 :]] == ["nut"]
+    dates = [*write_via(photos, ["date"], "dates.json"), "--class-attribute=kind"]
+    assert coco.main(["evaluate", *dates, f"--model={best}"]) == 2
+    error = capsys.readouterr().err
+    assert "0.png, region 0 must be of a class in ['fig', 'nut'], got 'date'" in error
+
+
+def test_validation_data_of_via_have_the_classes_of_the_training_data(
+    checkpoint, tmp_path, monkeypatch, capsys
+):
+    recorder = Recorder(monkeypatch)
+    data = [*write_via(tmp_path, ["nut", "fig"]), "--class-attribute=kind"]
+    run = ["train", *data, f"--model={checkpoint}", f"--logs={tmp_path}"]
+    write_via(tmp_path, ["nut"], "val.json", count=2)
+    assert coco.main([*run, "--val-annotations", str(tmp_path / "val.json")]) == 0
+    assert recorder.train.num_images == 6
+    assert recorder.val.num_images == 2
+    assert recorder.val.class_names == ["BG", "fig", "nut"]
+    assert recorder.val.load_mask(0)[1].tolist() == [2]
+    write_via(tmp_path, ["date"], "val.json", count=2)
+    assert coco.main([*run, "--val-annotations", str(tmp_path / "val.json")]) == 2
+    assert "must be of a class in ['fig', 'nut'], got 'date'" in capsys.readouterr().err
+
+
+def test_from_labelme_to_numbers(checkpoint, tmp_path, capsys):
+    data, logs = write_labelme(tmp_path / "photos"), f"--logs={tmp_path / 'logs'}"
+    assert coco.main(["inspect", *data, f"--output={tmp_path / 'sheet.png'}"]) == 0
+    assert "12 objects, 0 crowds, of 2 classes:\n        6 fig\n" in capsys.readouterr().out
+    run = ["train", *data, f"--model={checkpoint}", logs, "--epochs=1", "--steps=1", "--device=cpu"]
+    assert coco.main(run) == 0
+    (best,) = tmp_path.glob("logs/coco*/best.pth")
+    assert weights.read_options(best)["CLASS_NAMES"] == ["BG", "fig", "nut"]
+    capsys.readouterr()
+    assert coco.main(["evaluate", *data, f"--model={best}"]) == 0
+    assert capsys.readouterr().out.startswith("6 images, 12 objects")
+
+
+def test_the_coco_weights_know_their_classes(checkpoint, tmp_path, monkeypatch, capsys):
+    # As of the published file: 81 classes, and no names in it.
+    monkeypatch.setattr(weights, "find_weights", lambda name, backbone=None: checkpoint)
+    data = write_via(tmp_path, ["toothbrush"])
+    run = ["evaluate", *data, "--class-attribute=kind", "--model=coco"]
+    assert coco.main(run) == 0
+    output = capsys.readouterr().out
+    assert output.startswith("6 images, 6 objects")
+    assert output.splitlines()[-1].startswith("toothbrush")
+
+
 def test_classes_are_told_apart_by_name(checkpoint, tmp_path, monkeypatch, capsys, caplog):
     item = annotation(category_id=1)
     paths = [
@@ -899,6 +1059,18 @@ def test_help_shows_examples_that_parse(command, capsys):
         ("train --model=coco --images=a --annotations=a --download", "are for --dataset"),
         ("train --model=coco --dataset=a --val-annotations=b", "are for --annotations"),
         ("train --model=coco --images=a --annotations=a --val-images=b", "--val-annotations"),
+        ("train --model=coco --dataset=a --format=via", "are for --annotations"),
+        ("train --model=coco --dataset=a --class-attribute=b", "are for --annotations"),
+        ("inspect --images=a --annotations=b --class-attribute=c", "is for --format via"),
+        ("inspect --images=a --annotations=b --format=voc", "invalid choice: 'voc'"),
+        ("train --model=coco --dataset=a --val-share=0.1", "--val-share is for --annotations"),
+        (
+            "train --model=coco --images=a --annotations=b --val-share=0.1 --val-annotations=c",
+            "--val-share is for --annotations without --val-annotations",
+        ),
+        ("train --model=coco --images=a --annotations=b --val-share=20", "from 0 to 1, got '20'"),
+        ("inspect --images=a --annotations=b.json --format=via", "b.json"),
+        ("evaluate --model=coco --dataset=a --backbone=resnet50", "unrecognized arguments"),
         ("train --model=coco --dataset=a --year=2015", "invalid choice: '2015'"),
         ("train --model=coco --dataset=a --download=perhaps", "must be true or false"),
         ("train --model=coco --dataset=a --batch=0", "--batch: must be a whole number from 1"),
