@@ -81,17 +81,17 @@ OWN_STAGES = (("heads", 10, 1.0), ("all", 30, 0.1))
 
 def train(args: argparse.Namespace) -> None:
     """python coco.py train"""
-    backbone = args.BACKBONE or CocoConfig.BACKBONE
-    path = model_file(
-        args, backbone
-    )  # first: a wrong one should not cost the minutes of loading the data
+    # First the file: a wrong one should not cost the minutes of loading the data.
+    path = model_file(args, args.BACKBONE or CocoConfig.BACKBONE)
     train_set = training_data(args)
     val_set = validation_data(args, train_set.class_names)
     if args.SEED is not None:
         torch.manual_seed(args.SEED)
     model = model_to_train(args, path, train_set).to(args.device)
-    if args.dataset is None:
-        train_set, val_set = prepare_own(args, model.config, train_set, val_set)
+    if val_set is None:
+        train_set, val_set = keep_some(args, train_set, model.config.SEED)
+    if args.dataset is None and args.STEPS_PER_EPOCH is None and args.model != "last":
+        model.config.STEPS_PER_EPOCH = own_steps(model.config, train_set.num_images)
     judge = None if val_set is None else evaluator(val_set, args.limit)
     with cli.resumable(model, "--model=last"):
         for layers, epochs, rate in stages(args, model.config.LEARNING_RATE):
@@ -109,30 +109,27 @@ def train(args: argparse.Namespace) -> None:
     logger.info("finished: %s", model.log_dir)
 
 
+def keep_some(
+    args: argparse.Namespace, dataset: utils.Dataset, seed: int
+) -> tuple[utils.Dataset, utils.Dataset | None]:
+    """What to train on, and what to evaluate on: None where too few images are there."""
+    rest, kept = dataset.split(0.2 if args.val_share is None else args.val_share, seed)
+    logger.info("%d images to train on, %d to evaluate on", rest.num_images, kept.num_images)
+    return rest, kept if kept.num_images else None
+
+
+def own_steps(config: Config, images: int) -> int:
+    """Steps that take each image of one's own data once, but enough for an epoch to matter."""
+    batch = config.IMAGES_PER_GPU * config.GRADIENT_ACCUMULATION * distributed.world_size()
+    return max(100, math.ceil(images / batch))
+
+
 def stages(args: argparse.Namespace, rate: float) -> list[tuple[str, int, float]]:
     """Layers, last epoch and learning rate of each stage."""
     if args.epochs or args.layers:
         return [(args.layers or "all", args.epochs or 40, rate)]
     schedule = OWN_STAGES if args.dataset is None else STAGES
     return [(layers, epochs, rate * factor) for layers, epochs, factor in schedule]
-
-
-def prepare_own(
-    args: argparse.Namespace,
-    config: Config,
-    train_set: utils.Dataset,
-    val_set: utils.Dataset | None,
-) -> tuple[utils.Dataset, utils.Dataset | None]:
-    """Keeps a share of the images for validation, and sets the length of an epoch."""
-    if val_set is None:
-        share = 0.2 if args.val_share is None else args.val_share
-        train_set, kept = train_set.split(share, config.SEED)
-        val_set = kept if kept.num_images else None
-        logger.info("%d images to train on, %d kept", train_set.num_images, kept.num_images)
-    if args.STEPS_PER_EPOCH is None and args.model != "last":
-        images = config.IMAGES_PER_GPU * config.GRADIENT_ACCUMULATION * distributed.world_size()
-        config.STEPS_PER_EPOCH = max(100, math.ceil(train_set.num_images / images))
-    return train_set, val_set
 
 
 def model_to_train(
@@ -148,19 +145,18 @@ def model_to_train(
         return model
 
     file = weights.read_state_dict(path)
-    # At merge: known = weights.read_options(file)
     known = {k: v for k, v in weights.read_options(file).items() if hasattr(Config, k)}
     # Not the name in the file: --model=last looks for this one.
     config = CocoConfig(**known | {"NAME": CocoConfig.NAME} | options)
     model = modellib.MaskRCNN(config, args.logs)
     names = known.get("CLASS_NAMES") or (CLASS_NAMES if args.model == "coco" else None)
     same = known["NUM_CLASSES"] == dataset.num_classes and names in (None, dataset.class_names)
+    if args.model == "last" and not same:
+        raise ValueError(
+            f"the data set must have the classes of {path}, {names or known['NUM_CLASSES']},"
+            f" got {dataset.class_names}; start a new run from it with --model={path}"
+        )
     if args.model == "last":
-        if not same:
-            raise ValueError(
-                f"the data set must have the classes of {path}, {names or known['NUM_CLASSES']},"
-                f" got {dataset.class_names}; start a new run from it with --model={path}"
-            )
         logger.info("going on from %s", model.resume(path))
         return model
     if not same:

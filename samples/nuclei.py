@@ -117,6 +117,8 @@ def train(args: argparse.Namespace) -> None:
     model = MaskRCNN(config, args.logs).to(args.device)
     if args.model == "last":
         model.resume()
+    elif args.model is not None:
+        raise ValueError(f"to train, --model must be last or left out, got {args.model}")
     train_set, val_set = load(args, "train"), load(args, "val")
 
     def judge(model: MaskRCNN) -> dict[str, float]:
@@ -165,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("command", choices=["train", "evaluate"], help="what to do")
     add("--dataset", required=True, metavar="DIR", help="the folder of the data")
-    text = '"last" goes on after a stop; evaluate: also a file; default: the one that ships'
+    text = "last: the newest run in --logs goes on; evaluate: or a file; default: the one shipped"
     add("--model", metavar="last|FILE", help=text)
     add("--epochs", type=cli.whole(1), default=14, metavar="N", help="to train; default: 14")
     add("--steps", type=cli.whole(1), default=500, metavar="N", help="of an epoch; default: 500")

@@ -111,8 +111,16 @@ def test_training_leaves_weights_for_whole_images(tmp_path, monkeypatch, capsys)
     assert trained["fpn.C1.1.running_mean"].abs().max() > 0  # TRAIN_BN
 
     capsys.readouterr()
-    assert nuclei.main(["evaluate", *common, "--model", str(output)]) == 0
-    assert "2 images, 32 objects" in capsys.readouterr().out
+    numbers = []
+    for name in (str(output), "last"):
+        run = ["evaluate", *common, "--model", name, "--logs", str(tmp_path / "logs")]
+        assert nuclei.main(run) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith("2 images, 32 objects")
+        numbers.append(lines[1:])
+    assert numbers[0] == numbers[1]
+    assert nuclei.main(["train", *common, "--model", str(output)]) == 2
+    assert "must be last or left out" in capsys.readouterr().err
 
 
 def test_a_missing_data_set_is_one_line(tmp_path, capsys):
