@@ -3,6 +3,7 @@
 Boxes are (y1, x1, y2, x2), half-open: y2 and x2 lie one past the last pixel.
 """
 
+import copy
 import functools
 import logging
 import os
@@ -248,6 +249,16 @@ def load_image(path: str | Path, channel_count: int = 3) -> np.ndarray:
         return as_uint8_image(image, channel_count)
     except Exception as error:  # pillow's decoders raise whatever they stumble over
         raise ValueError(f"image file {path} cannot be used: {error}") from error
+
+
+def upright_size(path: str | Path) -> tuple[int, int]:
+    """Height and width of an image file as its EXIF orientation says; reads the header alone."""
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        width, height = picture.size
+        turned = picture.getexif().get(0x0112, 1) >= 5  # Orientation: 5 to 8 are on their side
+    return (width, height) if turned else (height, width)
 
 
 def as_uint8_image(image: np.ndarray, channel_count: int = 3) -> np.ndarray:
@@ -789,6 +800,23 @@ class Dataset:
                 f"an image's source must have a class, got {source!r}; add_class({source!r}, ...) "
                 f"or use one of {self.sources[1:]}"
             )
+
+    def split(self, share: float, seed: int = 0) -> tuple["Dataset", "Dataset"]:
+        """Two data sets of the same classes, e.g. to train on and to validate with.
+
+            train, val = dataset.split(0.2)
+
+        Args:
+            share: of the images that the second one gets, rounded down.
+            seed: chooses them.
+        """
+        order = np.random.default_rng(seed).permutation(self.num_images)
+        count = int(share * self.num_images)
+        parts = copy.copy(self), copy.copy(self)
+        for part, chosen in zip(parts, (order[count:], order[:count]), strict=True):
+            part.image_info = [self.image_info[i] for i in np.sort(chosen)]
+            part.prepare()
+        return parts
 
     def map_source_class_id(self, source_class_id: str) -> int:
         """The internal id of a source class, "coco.12"; ValueError if there is none."""

@@ -7,22 +7,35 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 from skimage.draw import polygon
 
 import utils
-from coco import upright_size
 
 logger = logging.getLogger(__name__)
 
 # What was drawn: an outline [P, (x, y)] in image pixels, the first of which reaches from 0 to 1,
 # or a mask [h, w] bool and the (x, y) of its first pixel.
 Drawing = np.ndarray | tuple[np.ndarray, tuple[int, int]]
-# Class name, drawings that together are one object, and how messages name it.
-Object = tuple[str, list[Drawing], str]
+
+
+class Region(NamedTuple):
+    """What was drawn with one stroke of the tool."""
+
+    class_name: str
+    drawing: Drawing
+    where: str  # how messages name it
+
+
+class Object(NamedTuple):
+    """One object: a region, or several that belong together."""
+
+    class_name: str
+    drawings: list[Drawing]
+    where: str
 
 
 class DrawnDataset(utils.Dataset):
@@ -52,17 +65,21 @@ class DrawnDataset(utils.Dataset):
             FileNotFoundError, ValueError: names the file, image and region.
         """
         entries = list(self.read(Path(images), Path(annotations), attribute))
-        names = list(class_names) or sorted({o[0] for _, objects in entries for o in objects})
+        objects = [obj for _, found in entries for obj in found]
+        names = list(class_names) or sorted({obj.class_name for obj in objects})
         if not names:
             raise ValueError(f"{annotations} must have regions with an area, found none")
+        for obj in objects:
+            if obj.class_name not in names:
+                raise ValueError(
+                    f"{obj.where} must be of a class in {names}, got {obj.class_name!r}"
+                )
         for class_id, name in enumerate(names, start=1):
             self.add_class("custom", class_id, name)
-        for path, objects in entries:
-            for name, _, where in objects:
-                if name not in names:
-                    raise ValueError(f"{where} must be of a class in {names}, got {name!r}")
-            instances = [(names.index(name) + 1, drawings) for name, drawings, _ in objects]
-            self.add_image("custom", path.name, path, shape=upright_size(path), objects=instances)
+        for path, found in entries:
+            instances = [(names.index(obj.class_name) + 1, obj.drawings) for obj in found]
+            shape = utils.upright_size(path)
+            self.add_image("custom", path.name, path, shape=shape, objects=instances)
 
     def read(
         self, images: Path, annotations: Path, attribute: str | None
@@ -71,6 +88,7 @@ class DrawnDataset(utils.Dataset):
         raise NotImplementedError
 
     def load_mask(self, image_id: int) -> tuple[np.ndarray, np.ndarray]:
+        """Masks [H, W, N] bool and class ids [N] int32."""
         info = self.image_info[image_id]
         masks = np.zeros((*info["shape"], len(info["objects"])), dtype=bool)
         for i, (_, drawings) in enumerate(info["objects"]):
@@ -79,43 +97,68 @@ class DrawnDataset(utils.Dataset):
         return masks, np.array([class_id for class_id, _ in info["objects"]], dtype=np.int32)
 
 
+# --- VIA -----------------------------------------------------------------------------------------
+
+
 class ViaDataset(DrawnDataset):
     """VGG Image Annotator 1 and 2: exported annotations, or a saved project, as json."""
 
     def read(
         self, images: Path, annotations: Path, attribute: str | None
     ) -> Iterator[tuple[Path, list[Object]]]:
-        data = read_json(annotations)
-        entries = data.get("_via_img_metadata", data) if isinstance(data, dict) else None
-        entries = list(entries.values()) if isinstance(entries, dict) else [None]
-        if not all(isinstance(entry, dict) and "filename" in entry for entry in entries):
-            raise ValueError(f"{annotations} is not of VIA 1 or 2; check --format")
-        regions = []
-        for entry in entries:
-            found = entry.get("regions") or []  # VIA 1 numbers them in a dict
-            regions.append(list(found.items() if isinstance(found, dict) else enumerate(found)))
-
-        every = [region for found in regions for _, region in found if isinstance(region, dict)]
-        attributes = sorted({k for region in every for k in region.get("region_attributes") or ()})
-        if attribute is None and len(attributes) > 1:
-            raise ValueError(
-                f"{annotations}: the class must be in one of {attributes}; see --class-attribute"
-            )
-        attribute = attribute or next(iter(attributes), None)
+        """Each image and its objects."""
+        entries = via_entries(annotations)
+        attribute = attribute or via_attribute(annotations, entries)
 
         def understand(region: dict[str, Any]) -> tuple[str, Drawing | None]:
-            values = region["region_attributes"]
-            name = "object" if attribute is None else via_class(attribute, values.get(attribute))
-            return name, via_outline(region["shape_attributes"])
+            name = via_class(attribute, region["region_attributes"])
+            return name, via_drawing(region["shape_attributes"])
 
-        for entry, found in zip(entries, regions, strict=True):
-            named = ((f"{annotations}, {entry['filename']}, region {k}", r) for k, r in found)
-            objects = [(name, [d], where) for name, d, where in drawn(named, understand)]
-            yield images / entry["filename"], objects
+        for entry in entries:
+            name = entry["filename"]
+            named = [(f"{annotations}, {name}, region {k}", r) for k, r in via_regions(entry)]
+            found = usable_regions(named, understand)
+            yield images / name, [Object(r.class_name, [r.drawing], r.where) for r in found]
 
 
-def via_class(attribute: str, value: Any) -> str:
-    if isinstance(value, dict):  # check boxes
+def via_entries(file: Path) -> list[dict[str, Any]]:
+    """The images of a file: dicts of filename, regions and more."""
+    content = read_json(file)
+    entries = content.get("_via_img_metadata", content) if isinstance(content, dict) else None
+    entries = list(entries.values()) if isinstance(entries, dict) else [None]
+    if not all(isinstance(entry, dict) and "filename" in entry for entry in entries):
+        raise ValueError(f"{file} is not of VIA 1 or 2; check --format")
+    return entries
+
+
+def via_regions(entry: dict[str, Any]) -> list[tuple[Any, Any]]:
+    """The regions of an image and what VIA calls them: VIA 1 numbers them in a dict."""
+    regions = entry.get("regions") or []
+    return list(regions.items() if isinstance(regions, dict) else enumerate(regions))
+
+
+def via_attribute(file: Path, entries: Sequence[dict[str, Any]]) -> str | None:
+    """The region attribute that holds the class: the only one; None if there is none at all."""
+    regions = [region for entry in entries for _, region in via_regions(entry)]
+    attributes = sorted(
+        {
+            name
+            for region in regions
+            if isinstance(region, dict)
+            for name in region.get("region_attributes") or ()
+        }
+    )
+    if len(attributes) > 1:
+        raise ValueError(f"{file}: the class must be in one of {attributes}; see --class-attribute")
+    return next(iter(attributes), None)
+
+
+def via_class(attribute: str | None, values: dict[str, Any]) -> str:
+    """The class of a region by its attributes: a word, or the one check box that is set."""
+    if attribute is None:
+        return "object"
+    value = values.get(attribute)
+    if isinstance(value, dict):
         chosen = [name for name, is_set in value.items() if is_set]
         value = chosen[0] if len(chosen) == 1 else None
     if not str(value or "").strip():
@@ -123,7 +166,8 @@ def via_class(attribute: str, value: Any) -> str:
     return str(value).strip()
 
 
-def via_outline(shape: dict[str, Any]) -> Drawing | None:
+def via_drawing(shape: dict[str, Any]) -> Drawing | None:
+    """What was drawn; None for what has no area."""
     kind = shape["name"]
     if kind == "polygon":
         return np.array([shape["all_points_x"], shape["all_points_y"]], dtype=float).T
@@ -139,6 +183,9 @@ def via_outline(shape: dict[str, Any]) -> Drawing | None:
     raise ValueError(f"unknown shape {kind!r}")
 
 
+# --- labelme -------------------------------------------------------------------------------------
+
+
 class LabelmeDataset(DrawnDataset):
     """labelme: one json per image.
 
@@ -149,26 +196,43 @@ class LabelmeDataset(DrawnDataset):
     def read(
         self, images: Path, annotations: Path, attribute: str | None
     ) -> Iterator[tuple[Path, list[Object]]]:
+        """Each image and its objects."""
         files = sorted(annotations.glob("*.json")) if annotations.is_dir() else [annotations]
         if not files:
             raise FileNotFoundError(f"the folder {annotations} has no json files of labelme")
         for file in files:
-            data = read_json(file)
-            if not isinstance(data, dict) or not {"shapes", "imagePath"} <= data.keys():
-                raise ValueError(f"{file} is not of labelme; check --format")
-            path = file.parent / data["imagePath"].replace("\\", "/")
-            if not path.is_file():
-                path = images / path.name
-            shapes = [(f"{file}, region {i}", shape) for i, shape in enumerate(data["shapes"])]
-            groups = {where: shape.get("group_id") for where, shape in shapes if shape}
-            objects: dict[Any, Object] = {}
-            for name, drawing, where in drawn(shapes, lambda s: (s["label"], labelme_drawing(s))):
-                group = where if groups[where] is None else (name, groups[where])
-                objects.setdefault(group, (name, [], where))[1].append(drawing)
-            yield path, list(objects.values())
+            content = labelme_content(file)
+            yield labelme_image(file, content, images), labelme_objects(file, content)
+
+
+def labelme_content(file: Path) -> dict[str, Any]:
+    """The content of a file, which has at least shapes and imagePath."""
+    content = read_json(file)
+    if not isinstance(content, dict) or not {"shapes", "imagePath"} <= content.keys():
+        raise ValueError(f"{file} is not of labelme; check --format")
+    return content
+
+
+def labelme_image(file: Path, content: dict[str, Any], images: Path) -> Path:
+    """Where the image of a file is."""
+    path = file.parent / content["imagePath"].replace("\\", "/")
+    return path if path.is_file() else images / path.name
+
+
+def labelme_objects(file: Path, content: dict[str, Any]) -> list[Object]:
+    """The objects of a file: regions of one label and group id are one."""
+    named = [(f"{file}, region {i}", shape) for i, shape in enumerate(content["shapes"])]
+    groups = {where: shape.get("group_id") for where, shape in named if shape}
+    objects: dict[Any, Object] = {}
+    for region in usable_regions(named, lambda shape: (shape["label"], labelme_drawing(shape))):
+        name, group = region.class_name, groups[region.where]
+        key = region.where if group is None else (name, group)
+        objects.setdefault(key, Object(name, [], region.where)).drawings.append(region.drawing)
+    return list(objects.values())
 
 
 def labelme_drawing(shape: dict[str, Any]) -> Drawing | None:
+    """What was drawn; None for what has no area."""
     kind, points = shape.get("shape_type") or "polygon", np.array(shape["points"], dtype=float)
     if kind in ("polygon", "oriented_rectangle"):
         return points
@@ -187,27 +251,47 @@ def labelme_drawing(shape: dict[str, Any]) -> Drawing | None:
     raise ValueError(f"unknown shape {kind!r}")
 
 
-def drawn(
-    regions: Iterable[tuple[str, Any]], understand: Callable[[Any], tuple[str, Drawing | None]]
-) -> Iterator[tuple[str, Drawing, str]]:
-    """Class name, drawing and name for messages of each region that has an area."""
-    for where, region in regions:
+# --- Regions of both -----------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> Any:
+    """The content of a json file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not json ({error}); export the annotations as json") from error
+
+
+def usable_regions(
+    named: Iterable[tuple[str, Any]], understand: Callable[[Any], tuple[str, Drawing | None]]
+) -> Iterator[Region]:
+    """The regions that have an area.
+
+    Args:
+        named: what messages call each region, and what the file holds of it.
+        understand: gives class name and drawing, None for what has no area.
+    """
+    for where, region in named:
         try:
             name, drawing = understand(region)
-            if isinstance(drawing, np.ndarray) and (
-                len(drawing) < 3 or not np.isfinite(drawing).all()
-            ):
-                raise ValueError("needs three points or more, all of them finite")
+            check_drawing(drawing)
         except (ArithmeticError, LookupError, OSError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"{where} cannot be used ({reason}): {str(region)[:80]}") from error
         if drawing is None:
             logger.warning("%s is a point or line without an area, left out", where)
         else:
-            yield name, drawing, where
+            yield Region(name, drawing, where)
+
+
+def check_drawing(drawing: Drawing | None) -> None:
+    """Raises ValueError for an outline that encloses nothing."""
+    if isinstance(drawing, np.ndarray) and (len(drawing) < 3 or not np.isfinite(drawing).all()):
+        raise ValueError("needs three points or more, all of them finite")
 
 
 def rectangle(x: float, y: float, width: float, height: float) -> np.ndarray:
+    """An outline of four points."""
     return np.array([(x, y), (x + width, y), (x + width, y + height), (x, y + height)], float)
 
 
@@ -228,10 +312,3 @@ def draw(mask: np.ndarray, drawing: Drawing) -> None:
     rows, columns = rows + y, columns + x
     inside = (rows >= 0) & (rows < len(mask)) & (columns >= 0) & (columns < mask.shape[1])
     mask[rows[inside], columns[inside]] = True
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not json ({error}); export the annotations as json") from error
