@@ -14,6 +14,7 @@ from PIL import Image
 from skimage.draw import polygon
 
 import utils
+from boxed_masks import BoxedMasks, Part
 
 logger = logging.getLogger(__name__)
 
@@ -89,12 +90,15 @@ class DrawnDataset(utils.Dataset):
 
     def load_mask(self, image_id: int) -> tuple[np.ndarray, np.ndarray]:
         """Masks [H, W, N] bool and class ids [N] int32."""
+        masks, class_ids = self.load_boxed_masks(image_id)
+        return np.asarray(masks), class_ids
+
+    def load_boxed_masks(self, image_id: int) -> tuple[BoxedMasks, np.ndarray]:
+        """What load_mask gives, each mask in its box."""
         info = self.image_info[image_id]
-        masks = np.zeros((*info["shape"], len(info["objects"])), dtype=bool)
-        for i, (_, drawings) in enumerate(info["objects"]):
-            for drawing in drawings:
-                draw(masks[:, :, i], drawing)
-        return masks, np.array([class_id for class_id, _ in info["objects"]], dtype=np.int32)
+        parts = [draw(drawings, info["shape"]) for _, drawings in info["objects"]]
+        class_ids = [class_id for class_id, _ in info["objects"]]
+        return BoxedMasks(info["shape"], parts), np.array(class_ids, dtype=np.int32)
 
 
 # --- VIA -----------------------------------------------------------------------------------------
@@ -302,13 +306,22 @@ def ellipse(cx: float, cy: float, rx: float, ry: float, theta: float = 0.0) -> n
     return np.stack([cx + x * cos - y * sin, cy + x * sin + y * cos], axis=1)
 
 
-def draw(mask: np.ndarray, drawing: Drawing) -> None:
-    """Sets the pixels of mask [H, W] bool whose centres are inside of a drawing."""
+def draw(drawings: Sequence[Drawing], size: Sequence[int]) -> Part:
+    """The pixels of an image of this size whose centres are inside of a drawing, as BoxedMasks."""
+    rows, columns = np.concatenate([pixels(drawing, size) for drawing in drawings], axis=1)
+    if len(rows) == 0:
+        return (0, 0, 0, 0), np.zeros((0, 0), dtype=bool)
+    y1, x1, y2, x2 = rows.min(), columns.min(), rows.max() + 1, columns.max() + 1
+    part = np.zeros((y2 - y1, x2 - x1), dtype=bool)
+    part[rows - y1, columns - x1] = True
+    return (int(y1), int(x1), int(y2), int(x2)), part
+
+
+def pixels(drawing: Drawing, size: Sequence[int]) -> np.ndarray:
+    """Row and column [2, P] of each pixel inside of a drawing and an image of this size."""
     if isinstance(drawing, np.ndarray):
-        mask[polygon(drawing[:, 1] - 0.5, drawing[:, 0] - 0.5, mask.shape)] = True
-        return
+        return np.stack(polygon(drawing[:, 1] - 0.5, drawing[:, 0] - 0.5, size))
     patch, (x, y) = drawing
-    rows, columns = np.nonzero(patch)
-    rows, columns = rows + y, columns + x
-    inside = (rows >= 0) & (rows < len(mask)) & (columns >= 0) & (columns < mask.shape[1])
-    mask[rows[inside], columns[inside]] = True
+    found = np.stack(np.nonzero(patch)) + np.array([[y], [x]])
+    inside = (found >= 0).all(axis=0) & (found < np.reshape(size, (2, 1))).all(axis=0)
+    return found[:, inside]

@@ -127,3 +127,27 @@ class BoxedMasks:
             box = np.array([[0, 0, y2 - y1, x2 - x1]])
             mini_masks[:, :, i] = utils.minimize_mask(box, part[:, :, None], mini_shape)[:, :, 0]
         return mini_masks
+
+
+def load_boxed_masks(dataset: utils.Dataset, image_id: int) -> tuple[BoxedMasks, np.ndarray]:
+    """Masks and class ids [N] of an image, see utils.Dataset.load_mask.
+
+    A data set that need not make an array of all masks has a method load_boxed_masks; a sub-class
+    with a load_mask of its own is asked that instead.
+
+    Raises:
+        ValueError: load_mask gives something else than masks [H, W, N] and class ids [N].
+    """
+    for cls in type(dataset).__mro__:
+        if "load_boxed_masks" in vars(cls):
+            return dataset.load_boxed_masks(image_id)
+        if "load_mask" in vars(cls):
+            break
+    masks, class_ids = dataset.load_mask(image_id)
+    class_ids = np.asarray(class_ids)
+    if masks.ndim != 3 or class_ids.shape != masks.shape[2:]:
+        raise ValueError(
+            f"load_mask must return masks [H, W, N] and class ids [N], got {list(masks.shape)} and"
+            f" {list(class_ids.shape)}"
+        )
+    return BoxedMasks.from_array(masks.astype(bool, copy=False)), class_ids

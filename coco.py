@@ -156,8 +156,6 @@ def model_to_train(
     if not same:
         logger.info("other classes than the file's: %s start anew", ", ".join(CLASS_LAYERS))
     exclude = () if same else CLASS_LAYERS
-    # Not the name in the file: --model=last looks for this one.
-    options["NAME"] = CocoConfig.NAME
     model = modellib.MaskRCNN.from_weights(file, CocoConfig, exclude, args.logs, **options)
     if args.model == "last":
         logger.info("going on from %s", model.resume(path))

@@ -18,6 +18,7 @@ import numpy as np
 import coco_download
 import evaluation
 import utils
+from boxed_masks import BoxedMasks
 
 logger = logging.getLogger(__name__)
 
@@ -193,19 +194,24 @@ class CocoDataset(utils.Dataset):
 
         A negative class id marks a crowd.
         """
+        masks, class_ids = self.load_boxed_masks(image_id)
+        return np.asarray(masks), class_ids
+
+    def load_boxed_masks(self, image_id: int) -> tuple[BoxedMasks, np.ndarray]:
+        """What load_mask gives, each mask in its box."""
         info = self.image_info[image_id]
         if "annotations" not in info:
-            return super().load_mask(image_id)
-        shape = info["height"], info["width"]
-        masks = [
-            utils.rle_decode(evaluation.as_rle(a["segmentation"], *shape))
-            for a in info["annotations"]
-        ]
-        visible = [i for i, mask in enumerate(masks) if mask.any()]
-        class_ids = [self._class_id(info, info["annotations"][i]) for i in visible]
-        if not visible:
-            return np.zeros((*shape, 0), dtype=bool), np.zeros(0, dtype=np.int32)
-        return np.stack([masks[i] for i in visible], axis=2), np.array(class_ids, dtype=np.int32)
+            masks, class_ids = super().load_mask(image_id)
+            return BoxedMasks.from_array(masks), class_ids
+        size = info["height"], info["width"]
+        parts, visible = [], []
+        for annotation in info["annotations"]:
+            rle = evaluation.as_rle(annotation["segmentation"], *size)
+            box, part = utils.rle_decode_part(rle)
+            if part.size:
+                parts.append((box, part))
+                visible.append(self._class_id(info, annotation))
+        return BoxedMasks(size, parts), np.array(visible, dtype=np.int32)
 
     def ground_truth(self, image_id: int) -> list[dict[str, Any]]:
         """What evaluation compares with: boxes and areas are those of the file, if it has them.
@@ -215,7 +221,7 @@ class CocoDataset(utils.Dataset):
         """
         info = self.image_info[image_id]
         if "annotations" not in info:
-            return evaluation.instances_of_masks(*super().load_mask(image_id))
+            return evaluation.instances_of_masks(*self.load_boxed_masks(image_id))
         instances = []
         for annotation in info["annotations"]:
             rle = evaluation.as_rle(annotation["segmentation"], info["height"], info["width"])

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
 import utils
-from augmentation import Augmentation, Masks, augment
+from augmentation import Augmentation, augment
 from augmentation import ColorJitter as ColorJitter
 from augmentation import Compose as Compose
 from augmentation import RandomCrop as RandomCrop
@@ -31,7 +31,7 @@ from augmentation import ScaleJitter as ScaleJitter
 from augmentation import horizontal_flip as horizontal_flip
 from augmentation import rot90 as rot90
 from augmentation import vertical_flip as vertical_flip
-from boxed_masks import BoxedMasks
+from boxed_masks import BoxedMasks, load_boxed_masks
 from config import Config, are_network_sides
 
 logger = logging.getLogger(__name__)
@@ -174,17 +174,16 @@ class TorchDataset(torch.utils.data.Dataset[tuple[Tensor, Target]]):
             "image_id": image_id,
         }
 
-    def _read(self, image_id: int) -> tuple[np.ndarray, Masks, np.ndarray]:
-        """Image [H, W, C] uint8, masks [H, W, N] bool and class ids [N] int64, checked."""
+    def _read(self, image_id: int) -> tuple[np.ndarray, BoxedMasks, np.ndarray]:
+        """Image [H, W, C] uint8, masks and class ids [N] int64, checked."""
         image = self.dataset.load_image(image_id)
         image = utils.as_uint8_image(image, self.config.IMAGE_CHANNEL_COUNT)
         masks, class_ids = load_boxed_masks(self.dataset, image_id)
-        class_ids = np.array(class_ids, dtype=np.int64)
-        if class_ids.ndim != 1 or masks.shape != (*image.shape[:2], len(class_ids)):
+        class_ids = class_ids.astype(np.int64)
+        if masks.size != image.shape[:2]:
             raise ValueError(
-                f"load_mask must return masks [{image.shape[0]}, {image.shape[1]}, N], as large"
-                f" as the upright image, and class ids [N], got {list(masks.shape)} and"
-                f" {list(class_ids.shape)}"
+                f"masks must be as large as the upright image, {image.shape[0]} x"
+                f" {image.shape[1]}, got {masks.size[0]} x {masks.size[1]}"
             )
         wrong = (class_ids == 0) | (abs(class_ids) >= self.config.NUM_CLASSES)
         if wrong.any():
@@ -192,8 +191,7 @@ class TorchDataset(torch.utils.data.Dataset[tuple[Tensor, Target]]):
                 f"class ids must be in 1..{self.config.NUM_CLASSES - 1}, or negative for crowds,"
                 f" got {class_ids[wrong].tolist()}"
             )
-        boxed = isinstance(masks, BoxedMasks)
-        return image, masks if boxed else masks.astype(bool, copy=False), class_ids
+        return image, masks, class_ids
 
     def _choose(
         self, image_id: int, boxes: np.ndarray, class_ids: np.ndarray, rng: np.random.Generator
@@ -216,20 +214,6 @@ class TorchDataset(torch.utils.data.Dataset[tuple[Tensor, Target]]):
         if not self._logged[image_id]:
             self._logged[image_id] = True
             logger.log(level, message)
-
-
-def load_boxed_masks(dataset: utils.Dataset, image_id: int) -> tuple[Masks, np.ndarray]:
-    """Masks and class ids of an image: BoxedMasks where the data set can, else an array [H, W, N].
-
-    A data set can if it has a method load_boxed_masks, unless a sub-class has a load_mask of its
-    own, which then counts.
-    """
-    for cls in type(dataset).__mro__:
-        if "load_boxed_masks" in vars(cls):
-            return dataset.load_boxed_masks(image_id)
-        if "load_mask" in vars(cls):
-            break
-    return dataset.load_mask(image_id)
 
 
 def _planes(array: np.ndarray) -> Tensor:

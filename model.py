@@ -1023,8 +1023,8 @@ class MaskRCNN(nn.Module):
             path: "coco", "shapes" or "nuclei"; a .h5 or .pth file, which tells depth, widths and
                 classes, and if it is a checkpoint of ours all options; or what
                 weights.read_state_dict made of one.
-            config: a class of configuration, to be filled with what the file tells; or a
-                configuration to be taken as it is.
+            config: a class of configuration, which is filled with what the file tells, except for
+                options that the class sets itself; or a configuration to be taken as it is.
             exclude: modules that start anew, e.g. those of other classes; see load_weights.
             model_dir: folder for the logs and checkpoints of training.
             options: of config, e.g. DETECTION_MIN_CONFIDENCE=0.5; they win over the file's.
@@ -1035,13 +1035,13 @@ class MaskRCNN(nn.Module):
         if isinstance(config, type):
             if not isinstance(path, weights.WeightFile):
                 path = weights.read_state_dict(weights.find_weights(path))
-            known = weights.read_options(path)
-            known = {name: value for name, value in known.items() if config.has_option(name)}
-            config = config(**known | options)
+            config = config(**config.unset(weights.read_options(path)) | options)
         elif options:
             raise TypeError(f"options must be set in the config that is given, got {options}")
         model = cls(config, model_dir)
-        logger.info("%s", model.load_weights(path, exclude, verbose=False))
+        report = model.load_weights(path, exclude, verbose=False)
+        if report.missing or report.excluded:
+            logger.info("%s", report)
         return model.eval()
 
     # --- Training

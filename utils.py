@@ -671,6 +671,36 @@ def rle_decode(rle: dict[str, Any]) -> np.ndarray:
         ValueError: the counts are malformed or do not add up to H * W.
     """
     height, width = rle["size"]
+    counts = _checked_counts(rle)
+    values = np.arange(len(counts)) % 2 == 1
+    return values.repeat(counts).reshape(width, height).T
+
+
+def rle_decode_part(rle: dict[str, Any]) -> tuple[tuple[int, int, int, int], np.ndarray]:
+    """The tight box (y1, x1, y2, x2) of a mask in run lengths, and the part in it, [h, w] bool.
+
+    Costs as much as the columns that the mask touches, see rle_decode; zeros and an empty part
+    where nothing is set.
+    """
+    height, _ = rle["size"]
+    edges = np.cumsum(_checked_counts(rle))
+    starts, ends = edges[:-1:2], edges[1::2]
+    starts, ends = starts[starts < ends], ends[starts < ends]
+    if len(starts) == 0:
+        return (0, 0, 0, 0), np.zeros((0, 0), dtype=bool)
+    x1, x2 = int(starts[0]) // height, -(-int(ends[-1]) // height)
+    inside = np.stack([starts, ends], axis=1).ravel() - x1 * height
+    counts = np.diff(inside, prepend=0, append=(x2 - x1) * height)
+    values = np.arange(len(counts)) % 2 == 1
+    columns = values.repeat(counts).reshape(x2 - x1, height)
+    rows = np.flatnonzero(columns.any(axis=0))
+    y1, y2 = int(rows[0]), int(rows[-1]) + 1
+    return (y1, x1, y2, x2), np.ascontiguousarray(columns[:, y1:y2].T)
+
+
+def _checked_counts(rle: dict[str, Any]) -> np.ndarray:
+    """The lengths [R] int64 of the runs; ValueError if they are malformed or do not add up."""
+    height, width = rle["size"]
     counts = rle["counts"]
     if isinstance(counts, str):
         counts = counts.encode()
@@ -680,8 +710,7 @@ def rle_decode(rle: dict[str, Any]) -> np.ndarray:
             f"run lengths must be positive and add up to {height} * {width} = {height * width}, "
             f"got a sum of {counts.sum()}; the mask is damaged or its size is another image's"
         )
-    values = np.arange(len(counts)) % 2 == 1
-    return values.repeat(counts).reshape(width, height).T
+    return counts
 
 
 def _compress_counts(counts: np.ndarray) -> str:

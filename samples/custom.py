@@ -50,7 +50,6 @@ def train(args: argparse.Namespace) -> None:
         CustomConfig,
         exclude=CLASS_LAYERS,  # they are for the classes of the file
         model_dir=args.logs,
-        NAME=CustomConfig.NAME,
         NUM_CLASSES=data.num_classes,
         CLASS_NAMES=data.class_names,
         STEPS_PER_EPOCH=math.ceil(train_set.num_images / CustomConfig.IMAGES_PER_GPU),

@@ -417,3 +417,9 @@ def test_a_split_is_the_seed_s(folder):
         assert part.load_mask(0)[1].tolist() == [2, 1]
         assert part.num_images == len(part.image_ids) == len(part.image_info)
     assert data.num_images == 12
+
+
+def test_the_old_import_still_works():
+    from samples.annotations import LabelmeDataset, ViaDataset
+
+    assert (LabelmeDataset, ViaDataset) == (annotations.LabelmeDataset, annotations.ViaDataset)

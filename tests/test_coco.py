@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import shutil
 
 import pytest
@@ -213,15 +214,16 @@ def test_the_seed_comes_before_the_weights(layout, tmp_path, monkeypatch):
     assert not torch.equal(found[0], found[2])
 
 
-def test_own_classes_start_anew(checkpoint, tmp_path, monkeypatch, capsys):
+def test_own_classes_start_anew(checkpoint, tmp_path, monkeypatch, caplog, capsys):
     path = write(tmp_path / "photos", [annotation(), annotation(2, image_id=2, category_id=3)])
     own = ["--images", str(path.parent), "--annotations", str(path)]
     recorder = Recorder(monkeypatch)
     logs = f"--logs={tmp_path}"
-    assert coco.main(["train", *own, f"--model={checkpoint}", "--seed=1", logs]) == 0
+    with caplog.at_level(logging.INFO):
+        assert coco.main(["train", *own, f"--model={checkpoint}", "--seed=1", logs]) == 0
     assert recorder.val is None
     assert recorder.options["evaluate"] is None
-    assert "6 excluded" in capsys.readouterr().out
+    assert "6 excluded" in caplog.text
     model = recorder.model
     assert model.config.NUM_CLASSES == 3
     stored = weights.read_state_dict(checkpoint).state_dict
@@ -386,9 +388,10 @@ def test_classes_are_told_apart_by_name(checkpoint, tmp_path, monkeypatch, capsy
     assert "['BG', 'a', 'b'], got ['BG', 'c', 'b']; start a new run" in error
     Recorder(monkeypatch)
     for text, count in zip(data, (0, 6), strict=True):
-        assert coco.main(f"train {text} --model={best}".split()) == 0
-        out = capsys.readouterr().out
-        assert ("6 excluded" in out) == (count == 6)
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            assert coco.main(f"train {text} --model={best}".split()) == 0
+        assert ("6 excluded" in caplog.text) == (count == 6)
 
 
 def test_an_interrupt_says_where_the_checkpoint_is(

@@ -321,7 +321,7 @@ def test_training_takes_the_items(tmp_path):
     crowd = annotation(2, segmentation=uncompressed(square_mask(10, 10, 20, 30)), iscrowd=1)
     dataset, _ = load(write(tmp_path, [annotation(), crowd]))
     config = TinyNetwork(NUM_CLASSES=3, IMAGE_RESIZE_MODE="pad64", IMAGE_MIN_DIM=None)
-    item = TorchDataset(dataset, config)[0]
+    _, item = TorchDataset(dataset, config)[0]
     assert item["class_ids"].tolist() == [2, -2]
     y, x = 22, 17  # (64 - 20) / 2, (64 - 30) / 2
     assert item["boxes"].tolist() == [

@@ -514,13 +514,15 @@ def checkpoint(tmp_path):
 
 def test_a_class_of_configuration_is_filled_with_what_the_file_tells(checkpoint):
     saved, path = checkpoint
-    model = MaskRCNN.from_weights(path, TwoClasses, model_dir="elsewhere", PRE_NMS_LIMIT=50)
+    options = {"NUM_CLASSES": 4, "PRE_NMS_LIMIT": 50}
+    model = MaskRCNN.from_weights(path, TwoClasses, model_dir="elsewhere", **options)
     assert type(model.config) is TwoClasses
     assert not model.training
     assert model.model_dir.name == "elsewhere"
-    # Of the file, among them what follows from the network; then what is asked for.
+    # Of the file; of the class, which wins; and what is asked for, which wins over both.
     assert (model.config.NUM_CLASSES, model.config.POOL_SIZE) == (4, 5)
-    assert (model.config.NAME, model.config.PRE_NMS_LIMIT) == ("tiny", 50)
+    assert (model.config.NAME, model.config.DETECTION_MAX_INSTANCES) == ("two", 7)
+    assert model.config.PRE_NMS_LIMIT == 50
     for name, tensor in saved.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
 
@@ -528,11 +530,11 @@ def test_a_class_of_configuration_is_filled_with_what_the_file_tells(checkpoint)
 def test_other_classes_start_anew(checkpoint):
     saved, path = checkpoint
     head = ["classifier.linear_class", "mrcnn_bbox_fc", "mask.conv5"]
-    model = MaskRCNN.from_weights(path, TwoClasses, head, NUM_CLASSES=2)
+    model = MaskRCNN.from_weights(path, TwoClasses, head)
     assert model.classifier.linear_class.out_features == 2
     assert torch.equal(model.rpn.conv_shared.weight, saved.rpn.conv_shared.weight)
     with pytest.raises(ValueError, match="another shape"):
-        MaskRCNN.from_weights(path, TwoClasses, NUM_CLASSES=2)
+        MaskRCNN.from_weights(path, TwoClasses)
 
 
 def test_a_configuration_is_taken_as_it_is(checkpoint):

@@ -88,7 +88,7 @@ def test_dataset_draws_the_scenes_of_its_seed():
     np.testing.assert_array_equal(masks, expected_masks)
     np.testing.assert_array_equal(class_ids, expected_ids)
     assert dataset.class_names == ["BG", "circle", "square", "triangle"]
-    item = TorchDataset(dataset, shapes.ShapesConfig())[2]
+    _, item = TorchDataset(dataset, shapes.ShapesConfig())[2]
     np.testing.assert_array_equal(item["boxes"].numpy(), utils.extract_bboxes(expected_masks))
 
 
