@@ -47,6 +47,7 @@ ONLY_PARSED = {
 SMALLER = {
     r"(epochs[= ])(\d+)0\b": r"\g<1>\g<2>",
     r"--steps \d+": "--steps 2",
+    r"(?m)(coco.py train --images photos .*--model coco)$": r"\1 --epochs 1 --steps 2",
     r"STEPS_PER_EPOCH = \d+": "STEPS_PER_EPOCH = 2",
     r"ShapesDataset\(\d+": "ShapesDataset(4",
     r"range\(10\)": "range(2)",
@@ -157,11 +158,12 @@ def via_file(paths, **attributes):
 
 
 def coco_file(paths):
-    images = [{"id": i, "file_name": p.name, "height": 96, "width": 128} for i, p in paths]
+    size = {"height": 96, "width": 128}
+    images = [{"id": i, "file_name": path.name, **size} for i, path in enumerate(paths)]
     annotations = [
         {"id": 2 * i + k, "image_id": i, "category_id": 1, "iscrowd": 0}
         | {"segmentation": [outline(cx).ravel().tolist()]}
-        for i, _ in paths
+        for i in range(len(paths))
         for k, cx in enumerate((35, 90))
     ]
     categories = [{"id": 1, "name": "disc"}]
@@ -221,20 +223,20 @@ def workplace(tmp_path, monkeypatch):
         "party.jpg",
     ):
         photo(tmp_path / name, rng)
-    photos = [tmp_path / "photos" / f"{i}.png" for i in range(1, 5)]
+    photos = [tmp_path / "photos" / f"{i}.png" for i in range(1, 6)]
     for path in photos:
         photo(path, rng)
         shapes = [{"label": "disc", "points": outline(cx).tolist()} for cx in (35, 90)]
         write(path.with_suffix(".json"), {"shapes": shapes, "imagePath": path.name})
-    write(tmp_path / "train.json", coco_file(list(enumerate(photos, start=1))[:2]))
-    write(tmp_path / "val.json", coco_file(list(enumerate(photos, start=1))[2:]))
+    for name, chosen in (("photos", photos), ("train", photos[:3]), ("val", photos[3:])):
+        write(tmp_path / f"{name}.json", coco_file(chosen))
     write(tmp_path / "via_project.json", via_file(photos, kind="disc"))
+    for i in range(5):
+        masks = photo(tmp_path / "cells" / "images" / f"{i}.png", rng)
+        labels = tmp_path / "cells" / "labels" / f"{i}.png"
+        labels.parent.mkdir(exist_ok=True)
+        Image.fromarray((masks @ [1, 2]).astype(np.uint8)).save(labels)
     for part in ("train", "val"):
-        for i in range(3):
-            masks = photo(tmp_path / "cells" / part / "images" / f"{i}.png", rng)
-            labels = tmp_path / "cells" / part / "labels" / f"{i}.png"
-            labels.parent.mkdir(exist_ok=True)
-            Image.fromarray((masks @ [1, 2]).astype(np.uint8)).save(labels)
         balloons = [tmp_path / "balloon" / part / f"{i}.jpg" for i in range(3)]
         for path in balloons:
             photo(path, rng)
