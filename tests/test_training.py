@@ -425,14 +425,14 @@ def test_losses_of_nothing_are_0_with_the_graph_attached():
 def step(small_h5):
     """The reference's training step, with its choice of anchors and rois: model and losses."""
     golden = load_golden("training_step_small.npz")
-    image = torch.from_numpy(golden["image_uint8"]).permute(2, 0, 1)[None]
     class_ids = torch.from_numpy(golden["gt_class_ids"]).long()
     boxes = torch.from_numpy(golden["gt_boxes_px"]).float()
     masks = torch.from_numpy(unpack(golden, "gt_mini_masks").transpose(2, 0, 1))
     model = MaskRCNN(SmallConfig()).train()
     model.load_weights(small_h5, verbose=False)
     shape = (256, 256)
-    features = model.fpn(model.normalize(image))
+    images, _ = model.mold_inputs([synthetic_image(200, 256)])
+    features = model.fpn(model.normalize(images))
     _, proposals = model.propose(features, shape)
 
     # What chance chooses from, and what does not depend on it, is ours.
