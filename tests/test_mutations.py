@@ -102,7 +102,8 @@ def eps_of_torch_in_the_classifier(patch, model):
 
 
 def eps_of_torch_in_the_mask_head(patch, model):
-    patch.setattr(model.mask.bn4, "eps", 1e-5)
+    for norm in (model.mask.bn1, model.mask.bn2, model.mask.bn3, model.mask.bn4):
+        patch.setattr(norm, "eps", 1e-5)
 
 
 def mean_pixel_a_tenth_of_a_level_off(patch, model):
@@ -194,12 +195,12 @@ def one_proposal_less(patch, model):
     patch.setattr(model.config, "POST_NMS_ROIS_INFERENCE", 999)
 
 
-def fewer_anchors_before_nms(patch, model):
-    patch.setattr(model.config, "PRE_NMS_LIMIT", 4000)
+def a_thousand_anchors_before_nms(patch, model):
+    patch.setattr(model.config, "PRE_NMS_LIMIT", 1000)
 
 
-def a_lower_confidence(patch, model):
-    patch.setattr(model.config, "DETECTION_MIN_CONFIDENCE", 0.6)
+def a_higher_confidence(patch, model):
+    patch.setattr(model.config, "DETECTION_MIN_CONFIDENCE", 0.8)
 
 
 def masks_from_0_52(patch, model):
@@ -223,15 +224,22 @@ MUTATIONS = [
 ]
 
 
-def test_without_a_change_every_bound_holds(model):
-    assert not [
-        str(difference) for difference in Case(model, "synth").all() if not difference.holds
-    ]
+def broken(model):
+    """The first bound that does not hold, in words."""
+    try:
+        differences = Case(model, "synth").all()
+        return next((str(difference) for difference in differences if not difference.holds), None)
+    except RuntimeError as error:  # of pasting masks outside of the image
+        return str(error)
+
+
+def test_every_bound_holds_without_a_change(model):
+    assert broken(model) is None
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
-def test_change_of_arithmetic_is_noticed(model, monkeypatch, mutation):
+def test_change_of_arithmetic_breaks_a_bound(model, monkeypatch, mutation):
     mutation(monkeypatch, model)
-    broken = next((d for d in Case(model, "synth").all() if not d.holds), None)
-    assert broken, "every bound holds"
-    print(f"{mutation.__name__}: {broken}")
+    bound = broken(model)
+    assert bound
+    print(f"{mutation.__name__}: {bound}")
