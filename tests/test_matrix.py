@@ -17,6 +17,8 @@ import torch
 from comparison import RMS, WORST
 from conftest import ROOT
 
+from winograd import is_compiled
+
 CAPABILITIES = ("default", "avx2", "avx512")
 THREADS = (1, 2, 4)
 ISAS = ("SSE41", "AVX2", "AVX512_CORE")
@@ -73,6 +75,7 @@ def test_bounds_hold(small_h5, capability, isa, threads):
     assert run.returncode == 0, run.stderr
     runs = [json.loads(line) for line in run.stdout.splitlines()]
     assert len(runs) == 2
+    assert (runs[0][-1] != runs[1][-1]) == bool(is_compiled())  # both kinds of kernels ran
     beyond = []
     for used, used_threads, winograd, differences in runs:
         assert used_threads == threads

@@ -419,6 +419,8 @@ def test_losses_of_nothing_are_0_with_the_graph_attached():
 
 
 # ------------------------------------------------------------------ a whole step
+#
+# The bounds are two to five times what kernels of SSE4.1, AVX2 and AVX-512 came to.
 
 
 @pytest.fixture(scope="module")
@@ -518,9 +520,9 @@ def test_gradients_of_the_reference_step(step):
     names, norms = golden["weight_names"], golden["stop/grad_norm_per_weight"]
     ours = np.array([np.linalg.norm(keras_gradient(model, name).astype(float)) for name in names])
     assert len(ours) == len(list(model.parameters()))
-    np.testing.assert_allclose(ours, norms, rtol=1e-3)
+    np.testing.assert_allclose(ours, norms, rtol=2e-3)
     total = np.linalg.norm(ours)
-    np.testing.assert_allclose(total, golden["stop/global_grad_norm"], rtol=1e-5)
+    np.testing.assert_allclose(total, golden["stop/global_grad_norm"], rtol=2e-5)
     sampled = [name for name in names if f"stop/grad/{name}/val" in golden]
     assert len(sampled) >= 30
     for name in sampled:
