@@ -39,7 +39,7 @@ def case(request):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage_is_that_of_the_reference(case, stage):
-    """For the README's table: pytest -rP -m "" tests/test_golden.py prints the differences."""
+    """`pytest -rP -m "" tests/test_golden.py` prints what docs/equality.md shows."""
     differences = list(getattr(case, stage)())
     for difference in differences:
         print(f"{case.config} {case.name}: {difference}")
