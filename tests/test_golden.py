@@ -66,9 +66,9 @@ def test_the_network_sees_the_pixels_of_the_reference(name):
 
 
 @needs_shared("golden")
-@pytest.mark.parametrize("name", sorted(path.name for path in DATA.glob("*.npz")))
-def test_the_repository_holds_a_part_of_the_reference(name):
-    part, whole = load_golden(name), load_golden(name, SHARED / "golden")
-    for key, array in part.items():
-        np.testing.assert_array_equal(array, whole[key], err_msg=key)
-        assert array.dtype == whole[key].dtype
+def test_the_repository_holds_a_part_of_the_reference():
+    for path in DATA.glob("*.npz"):
+        part, whole = load_golden(path.name), load_golden(path.name, SHARED / "golden")
+        for key, array in part.items():
+            np.testing.assert_array_equal(array, whole[key], err_msg=f"{path.name} {key}")
+            assert array.dtype == whole[key].dtype
