@@ -163,7 +163,8 @@ def _key(name: str) -> tuple[str, bool]:
     match = _LEAF.fullmatch(leaf)
     if module is not None and match is None:
         raise Refused(f"{name!r} must be called kernel, bias, gamma, beta, moving_mean or so")
-    return f"{module or inner}.{LEAVES[match[1]] if match else leaf}", module is not None
+    leaf = LEAVES[match[1]] if match else leaf
+    return ".".join(filter(None, (module or inner, leaf))), module is not None
 
 
 def _is_float(dataset: Any) -> bool:

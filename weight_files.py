@@ -167,7 +167,7 @@ def group_names(keys: Iterable[str], limit: int = 6) -> str:
         module, _, leaf = key.rpartition(".")
         leaves.setdefault(module, []).append(leaf)
     names = [
-        f"{module}.{leaf[0]}" if len(leaf) == 1 else f"{module}.{{{','.join(leaf)}}}"
+        f"{module}.{leaf[0] if len(leaf) == 1 else '{' + ','.join(leaf) + '}'}".lstrip(".")
         for module, leaf in leaves.items()
     ]
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
@@ -209,12 +209,12 @@ def _read_torch(path: Path) -> _Content:
         ) from error
     except Exception as error:
         raise ValueError(_damage(path, error)) from error
-    state = _state_dict_in(data)
+    state = {} if data == {} else _state_dict_in(data)
     if state is None:
         names = ", ".join(map(str, list(data)[:20])) if isinstance(data, dict) else ""
         raise ValueError(
-            f"{path} must hold a state_dict, alone or under {', '.join(map(repr, _CONTAINERS))}; "
-            f"got {printable(names) or type(data).__name__}"
+            f"{path} must hold a state_dict, alone or under {', '.join(map(repr, _CONTAINERS))}, "
+            f"got {printable(names) or type(data).__name__}; save model.state_dict() alone"
         )
     content = _Content({}, "pytorch", {})
     if "config" in data and data.get("model") is state:
@@ -230,12 +230,12 @@ def _read_torch(path: Path) -> _Content:
     return _named(path, state, content)
 
 
-def _state_dict_in(data: Any, levels: int = 3) -> dict[Any, Tensor] | None:
+def _state_dict_in(data: Any, levels: int = 3) -> Mapping[Any, Tensor] | None:
     """The first dict of tensors in what a file holds."""
     if not isinstance(data, Mapping) or levels == 0:
         return None
     if data and all(isinstance(item, Tensor) for item in data.values()):
-        return dict(data) if type(data) is not dict else data
+        return data
     found = (_state_dict_in(data.get(name), levels - 1) for name in _CONTAINERS)
     return next((state for state in found if state is not None), None)
 
