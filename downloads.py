@@ -136,7 +136,7 @@ def download(name: str, folder: str | Path | None = None, progress: bool = True)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
     try:
-        fetch(source.url, part, progress, most=source.size or MOST_BYTES)
+        fetch(source.url, part, progress, source.size)
     except (OSError, http.client.HTTPException) as error:
         raise ConnectionError(
             f"cannot download {source.url} ({error}); try again, which resumes it, "
@@ -149,14 +149,15 @@ def download(name: str, folder: str | Path | None = None, progress: bool = True)
     return target
 
 
-def fetch(url: str, part: Path, progress: bool, most: int = MOST_BYTES) -> None:
+def fetch(url: str, part: Path, progress: bool, most: int | None = None) -> None:
     """Downloads into `part`, after what is already there.
 
     Args:
-        most: bytes to take at most where the server does not tell the length.
+        most: bytes that are taken at most; None for as many as the server announces, and
+            MOST_BYTES if it does not.
 
     Raises:
-        OSError: the server fails or stalls, or the disk has no room for the file.
+        OSError: the server fails, stalls or sends too much, or the disk has no room for the file.
     """
     from tqdm import tqdm
 
@@ -180,26 +181,33 @@ def fetch(url: str, part: Path, progress: bool, most: int = MOST_BYTES) -> None:
     total = None if response.length is None else start + response.length
     bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, disable=not progress)
     with response, bar:
-        _check_room(part, total, start)
+        if total is not None:
+            _check_size(part, total, total - start, most)
         with part.open("ab" if start else "wb") as file:
-            _receive(response, file, bar, most if total is None else total)
+            complete = _receive(response, file, bar, total or most or MOST_BYTES)
             size = file.tell()
+    if not complete:
+        part.unlink()  # it is not the beginning of what was wanted
+        raise ConnectionError(f"the server sent more than {size:,} bytes")
     if total is not None and size < total:  # http.client says nothing of it
         raise ConnectionError(f"the connection broke after {size:,} of {total:,} bytes")
 
 
-def _check_room(part: Path, total: int | None, start: int) -> None:
+def _check_size(part: Path, total: int, coming: int, most: int | None) -> None:
+    if most is not None and total > most:
+        part.unlink(missing_ok=True)
+        raise ConnectionError(f"the server has {total:,} bytes, expected {most:,}")
     free = shutil.disk_usage(part.parent).free
-    if total is not None and total - start > free:
-        raise OSError(f"{part.parent} has {free:,} bytes free, {total - start:,} are to come")
+    if coming > free:
+        raise OSError(f"{part.parent} has {free:,} bytes free, {coming:,} are to come")
 
 
-def _receive(response: http.client.HTTPResponse, file: IO[bytes], bar: Any, most: int) -> None:
-    """Copies a response to a file; an error if it stalls or brings more than `most` bytes."""
+def _receive(response: http.client.HTTPResponse, file: IO[bytes], bar: Any, most: int) -> bool:
+    """Appends a response to a file; whether that is all of it and not more than `most` bytes."""
     began, received = time.monotonic(), 0
     while chunk := response.read1(1 << 20):  # read() would wait for all of it
         if file.tell() + len(chunk) > most:
-            raise ConnectionError(f"the server sends more than {most:,} bytes")
+            return False
         file.write(chunk)
         bar.update(len(chunk))
         received += len(chunk)
@@ -207,6 +215,7 @@ def _receive(response: http.client.HTTPResponse, file: IO[bytes], bar: Any, most
             if received < STALL_BYTES:
                 raise ConnectionError(f"only {received:,} bytes came in {STALL_SECONDS:g} seconds")
             began, received = time.monotonic(), 0
+    return True
 
 
 def _fault(path: Path, source: Source) -> str | None:

@@ -125,6 +125,8 @@ def _child(group: Any, name: str) -> Any:
     import h5py
 
     link = group.get(name, getlink=True)
+    if link is None:
+        raise KeyError(f"no object for {name!r}")
     if not isinstance(link, h5py.HardLink):
         raise Refused(f"{name!r} is a link ({type(link).__name__}); save it again with Keras")
     return group[name]

@@ -10,6 +10,7 @@ compared with its size before memory is taken.
 
 import pickle
 import re
+import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -96,7 +97,7 @@ def read_state_dict(path: str | Path) -> WeightFile:
         head = file.read(512)
     if head.startswith(b"\x89HDF\r\n\x1a\n"):
         content = _read_keras(path)
-    elif head.startswith(b"PK\x03\x04"):
+    elif head.startswith((b"PK\x03\x04", b"PK\x05\x06")):  # a zip; an empty one
         _check_zip(path)
         content = _read_torch(path)
     elif head.startswith(b"\x80\x02"):  # torch before 1.6: a pickle
@@ -200,7 +201,9 @@ def _read_safetensors(path: Path) -> _Content:
 
 def _read_torch(path: Path) -> _Content:
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles; what matters is checked below
+            data = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is damaged or holds more than tensors and plain values, which "

@@ -1,8 +1,10 @@
 """Published files: where they are looked for, and downloads from a local server."""
 
+import contextlib
 import hashlib
 import re
 import threading
+import time
 import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -96,8 +98,18 @@ def server(monkeypatch):
                 self.send_error(416)
                 return
             self.send_response(206 if start else 200)
-            self.send_header("Content-Length", str(len(content) - start))
+            if state.behaviour == "wrong part":
+                self.send_header("Content-Range", f"bytes 7-{len(content) - 1}/{len(content)}")
+            if state.behaviour not in ("no length", "endless"):
+                length = 1 << 60 if state.behaviour == "huge" else len(content) - start
+                self.send_header("Content-Length", str(length))
             self.end_headers()
+            with contextlib.suppress(ConnectionError):
+                while state.behaviour == "endless":
+                    self.wfile.write(bytes(1 << 16))
+                while state.behaviour == "trickles":
+                    self.wfile.write(b"x")
+                    time.sleep(0.02)
             stop = 60_000 if state.behaviour == "breaks" else len(content)
             self.wfile.write(content[start:stop])
 
@@ -177,6 +189,63 @@ def test_corrupt_download_is_deleted(server, tmp_path, content, message):
     assert list(tmp_path.iterdir()) == []
     server.content = CONTENT
     assert downloads.download("coco", tmp_path, progress=False).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("start", [0, 40_000])
+def test_a_server_need_not_tell_the_length(server, tmp_path, start):
+    server.behaviour = "no length"
+    if start:
+        (tmp_path / "weights.pth.part").write_bytes(CONTENT[:start])
+    assert downloads.download("coco", tmp_path, progress=False).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "message", "left"),
+    [
+        ("endless", "sent more than [0-9,]+ bytes", 0),
+        ("trickles", "only .* bytes came in 0.3 seconds", 100),
+        ("huge", "the server has 1,152,921,504,606,846,976 bytes, expected 100,000", 0),
+    ],
+)
+def test_servers_that_never_end(server, tmp_path, monkeypatch, behaviour, message, left):
+    monkeypatch.setattr(downloads, "STALL_SECONDS", 0.3)
+    server.behaviour = behaviour
+    started = time.monotonic()
+    with pytest.raises(ConnectionError, match=message):
+        downloads.download("coco", tmp_path, progress=False)
+    assert time.monotonic() - started < 20
+    assert sum(item.stat().st_size for item in tmp_path.iterdir()) <= left
+    server.behaviour = ""
+    monkeypatch.setattr(downloads, "STALL_SECONDS", 60.0)
+    with contextlib.suppress(ValueError):  # what trickled in was wrong, and is deleted
+        downloads.download("coco", tmp_path, progress=False)
+    assert downloads.download("coco", tmp_path, progress=False).read_bytes() == CONTENT
+    assert [item.name for item in tmp_path.iterdir()] == ["weights.pth"]
+
+
+def test_a_disk_without_room_is_found_before_the_download(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        downloads.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=9)
+    )
+    with pytest.raises(ConnectionError, match="has 9 bytes free, 100,000 are to come"):
+        downloads.download("coco", tmp_path, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_part_that_does_not_follow_is_not_appended(server, tmp_path):
+    server.behaviour = "wrong part"
+    (tmp_path / "weights.pth.part").write_bytes(CONTENT[:40_000])
+    with pytest.raises(ConnectionError, match=r"'bytes 7-99999/100000', asked .* from 40,000"):
+        downloads.download("coco", tmp_path, progress=False)
+    assert downloads.download("coco", tmp_path, progress=False).read_bytes() == CONTENT
+
+
+def test_fetch_is_bounded_where_nothing_is_known(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(downloads, "MOST_BYTES", 3_000_000)
+    server.behaviour = "endless"
+    with pytest.raises(ConnectionError, match="more than [23],[0-9,]+ bytes"):
+        downloads.fetch(server.url, tmp_path / "a.part", progress=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_part_of_another_file_is_deleted(server, tmp_path):
