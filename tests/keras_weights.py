@@ -111,6 +111,17 @@ def arrays(name, layer, shape):
     }
 
 
+def create_sparse(group, name, shape):
+    """An array of zeros whose space in the file is there, and takes none on the disk."""
+    options = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    options.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    options.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    folder, _, leaf = name.rpartition("/")
+    space = h5py.h5s.create_simple(shape)
+    where = group.require_group(folder).id
+    h5py.h5d.create(where, leaf.encode(), h5py.h5t.IEEE_F32LE, space, options)
+
+
 def write_h5(name, path, only=None, empty=False):
     """Writes the weights of configuration "coco" or "small" as Keras' save_weights does.
 
@@ -128,9 +139,10 @@ def write_h5(name, path, only=None, empty=False):
             names = list(group.attrs.get("weight_names", []))
             values = {} if empty else arrays(name, layer, shape)
             for weight, size in shapes(layer, shape).items():
-                dataset = group.create_dataset(f"{layer}/{weight}:0", size, np.float32)
-                if not empty:
-                    dataset[:] = values[weight]
+                if empty:
+                    create_sparse(group, f"{layer}/{weight}:0", size)
+                else:
+                    group[f"{layer}/{weight}:0"] = values[weight].astype(np.float32)
                 names.append(f"{layer}/{weight}:0".encode())
             group.attrs["weight_names"] = np.array(names, dtype="S")
             if group_name not in groups:

@@ -10,8 +10,8 @@ from torch import nn
 
 import model as modellib
 import utils
-import weights
 from config import Config
+from keras_h5 import keras_module
 from model import MaskRCNN, RoiTargets
 from targets import crop_masks, sample
 
@@ -510,7 +510,7 @@ def keras_gradient(model, name):
     """The gradient of a Keras weight, "layer/kernel:0", in its layout."""
     layer, weight = name.removesuffix(":0").split("/")
     leaf = {"kernel": "weight", "gamma": "weight", "bias": "bias", "beta": "bias"}[weight]
-    grad = model.get_parameter(f"{weights._keras_module(layer)}.{leaf}").grad.numpy()
+    grad = model.get_parameter(f"{keras_module(layer)}.{leaf}").grad.numpy()
     if weight == "kernel":  # (out, in, h, w) to (h, w, in, out)
         grad = grad.T if grad.ndim == 2 else grad.transpose(2, 3, 1, 0)
     return grad
