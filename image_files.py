@@ -14,7 +14,7 @@ import sys
 import threading
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -279,22 +279,35 @@ class _PillowSource:
 
     def upright_size(self) -> tuple[int, int]:
         width, height = self.file.size
+        if self.file.format == "TIFF":  # the size in pillow may be upright already
+            width, height = (_tag(self.file, number, 0) for number in (_WIDTH, _HEIGHT))
         return (width, height) if self._orientation() >= 5 else (height, width)
 
     def upright_pixels(self, grey: bool) -> np.ndarray:
         file = self.file
-        size = file.size
-        raw_modes = [_raw_mode(tile) for tile in getattr(file, "tile", ())]
+        height, width = self.upright_size()
+        # Pillow turns a TIFF while it loads.
+        method = None if file.format == "TIFF" else _TURNS.get(self._orientation())
+        tiles = _tiles(file)
+        raw_mode = _raw_mode(tiles[0]) if tiles else ""
+        if file.format == "TIFF":
+            _check_coverage(
+                sum((x2 - x1) * (y2 - y1) for _, (x1, y1, x2, y2), *_ in tiles), height * width
+            )
+            _leave_out_directories(file)
         file.load()
-        if file.size != size:
-            raise ValueError(f"its header says {size} pixels, and there are {file.size}")
-        method = _TURNS.get(self._orientation())
 
         def turn(picture: Image.Image) -> Image.Image:
-            return picture if method is None else picture.transpose(method)
+            picture = picture if method is None else picture.transpose(method)
+            if picture.size != (width, height):
+                found = " x ".join(map(str, picture.size))
+                raise ValueError(
+                    f"its header says {width} x {height} pixels, and there are {found}"
+                )
+            return picture
 
-        if raw_modes and raw_modes[0] in _COLOURS_OF_16_BITS:
-            lower, upper = (turn(half) for half in self._halves(raw_modes[0]))
+        if raw_mode in _COLOURS_OF_16_BITS:
+            lower, upper = (turn(half) for half in self._halves(raw_mode))
             pixels = np.asarray(upper).astype(np.uint16) << 8
             pixels |= np.asarray(lower)
             return _grey(pixels) if grey else pixels
@@ -331,6 +344,9 @@ class _PillowSource:
                     exif = file.getexif()
                 else:
                     exif = Image.Image.getexif(file)
+                if _ORIENTATION not in exif and file.format == "JPEG":
+                    # Pillow tried before, for the resolution, and kept what went wrong to itself.
+                    Image.Exif().load(file.info.get("exif", b""))
                 value = exif.get(_ORIENTATION, 1)
         except Exception as error:
             _warn_once(self.path, f"taken as upright: its EXIF cannot be read: {_line(error)}")
@@ -357,6 +373,11 @@ class _PillowSource:
 _COLOURS_OF_16_BITS = {f"{mode};16{order}" for mode in ("RGB", "RGBX", "RGBA") for order in "BLN"}
 
 
+def _tiles(file: Image.Image) -> Sequence[Any]:
+    """The parts of a file that pillow is about to decode."""
+    return getattr(file, "tile", ())
+
+
 def _raw_mode(tile: Any) -> str:
     """How the samples of a part of a file lie there, as pillow calls it."""
     arguments = tile[3]
@@ -370,13 +391,19 @@ def _with_raw_mode(tile: Any, raw_mode: str) -> Any:
     return (*tile[:3], arguments)  # pillow before 11
 
 
+# Pixels from which on copies matter.
+_LARGE = 2**26
+# Pixels of the rows that are copied together then.
+_ROWS = 2**22
+
+
 def _as_array(picture: Image.Image) -> np.ndarray:
     width, height = picture.size
-    if width * height < 2**26 or len(picture.getbands()) == 1:
+    if width * height < _LARGE or len(picture.getbands()) == 1:
         return np.array(picture)
     # Pillow makes two more copies of the pixels on the way; here, of some rows.
     pixels = np.empty((height, width, len(picture.getbands())), np.uint8)
-    step = max(1, 2**22 // width)
+    step = max(1, _ROWS // width)
     for y in range(0, height, step):
         rows = picture.crop((0, y, width, min(y + step, height)))
         pixels[y : y + step] = np.asarray(rows)
@@ -419,7 +446,20 @@ def _png_without_metadata(path: str | Path) -> BytesIO | None:
 
 # --- TIFF ----------------------------------------------------------------------------------------
 
-_SUBFILE_TYPE, _BITS_PER_SAMPLE, _PHOTOMETRIC, _DESCRIPTION, _PLANAR = 254, 258, 262, 270, 284
+_SUBFILE_TYPE, _WIDTH, _HEIGHT, _BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANAR = (
+    254,
+    256,
+    257,
+    258,
+    262,
+    284,
+)
+
+
+_DIRECTORIES = (34665, 34853)  # EXIF's own and GPS
+
+# Pillow swaps the bytes of these after libtiff has done so.
+_SWAPPED = ("I;16BS", "I;32BS", "F;32BF")
 
 
 def _is_tiff(path: str | Path) -> bool:
@@ -432,10 +472,11 @@ def _tag(file: Image.Image, number: int, default: Any) -> Any:
 
 
 def _is_misread(file: Image.Image) -> bool:
-    """Whether pillow takes one plane for all, or black for white, in this TIFF."""
+    """Whether pillow takes a plane for colours, black for white, or the bytes in another order."""
     bits = _tag(file, _BITS_PER_SAMPLE, (1,))
     planar = len(bits) > 1 and _tag(file, _PLANAR, 1) == 2
-    return max(bits) > 8 and (planar or _tag(file, _PHOTOMETRIC, 1) == 0)
+    swapped = any(t[0] == "libtiff" and _raw_mode(t) in _SWAPPED for t in _tiles(file))
+    return max(bits) > 8 and (planar or swapped or _tag(file, _PHOTOMETRIC, 1) == 0)
 
 
 def _is_preview(file: Image.Image, page: int) -> bool:
@@ -444,11 +485,30 @@ def _is_preview(file: Image.Image, page: int) -> bool:
     return bool(_tag(file, _SUBFILE_TYPE, 0) & 0b101)
 
 
+def _check_coverage(found: int, expected: int) -> None:
+    if found < expected:  # the rest would be black
+        raise ValueError(f"its header says {expected} pixels, there are {found}")
+
+
+def _leave_out_directories(file: Image.Image) -> None:
+    """Keeps pillow from reading the EXIF of a TIFF along with its pixels, for which it may fail."""
+    with contextlib.suppress(Exception):
+        exif = file.getexif()
+        for number in _DIRECTORIES:
+            exif.pop(number, None)
+
+
+_AXES = ("YX", "YXS", "SYX")  # S: samples, that is channels
+
+
 class _TiffSource:
     """A TIFF, read with tifffile."""
 
     def __init__(self, path: str | Path, tiff: "TiffFile") -> None:
         self.path, self.tiff, self.page = path, tiff, tiff.pages.first
+        pixels = self.page.imagelength * self.page.imagewidth
+        if pixels > MAX_PIXELS or self.page.size > 4 * MAX_PIXELS:
+            raise Image.DecompressionBombError
         self.bit_depth = self.page.bitspersample if 8 < self.page.bitspersample < 16 else None
 
     def upright_size(self) -> tuple[int, int]:
@@ -457,20 +517,23 @@ class _TiffSource:
 
     def upright_pixels(self, grey: bool) -> np.ndarray:
         page = self.page
-        photometric = int(page.photometric)
-        if photometric not in (0, 1, 2) or page.axes not in ("YX", "YXS", "SYX"):
+        photometric, dtype = int(page.photometric), np.dtype(page.dtype)
+        invertible = dtype.kind == "f" or (dtype.kind == "u" and dtype.itemsize <= 2)
+        if photometric > 2 or page.axes not in _AXES or (photometric == 0 and not invertible):
+            name = getattr(page.photometric, "name", photometric)
             raise ValueError(
-                "a TIFF must have grey or RGB pixels in one plane, got"
-                f" {getattr(page.photometric, 'name', photometric)} with axes {page.axes}"
+                f"a TIFF must have grey or RGB pixels, got {name} {page.axes} {dtype}; convert it"
             )
-        if page.size > 4 * MAX_PIXELS:
-            raise Image.DecompressionBombError
+        stored = sum(1 for count in page.databytecounts if count)
+        if stored < math.prod(page.chunked):  # the rest would be black
+            raise ValueError(
+                f"it must have {math.prod(page.chunked)} strips or tiles, got {stored}"
+            )
         pixels = page.asarray()
         if page.axes == "SYX":
             pixels = pixels.transpose(1, 2, 0)
         if photometric == 0:  # white is 0
-            kind = pixels.dtype.kind
-            pixels = (1 if kind == "f" else 2**page.bitspersample - 1) - pixels
+            pixels = (1 if dtype.kind == "f" else 2**page.bitspersample - 1) - pixels
         orientation = self._orientation()
         if orientation >= 5:
             pixels = pixels.swapaxes(0, 1)
