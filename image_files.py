@@ -301,9 +301,7 @@ class _PillowSource:
             picture = picture if method is None else picture.transpose(method)
             if picture.size != (width, height):
                 found = " x ".join(map(str, picture.size))
-                raise ValueError(
-                    f"its header says {width} x {height} pixels, and there are {found}"
-                )
+                raise ValueError(f"its header says {width} x {height} pixels, there are {found}")
             return picture
 
         if raw_mode in _COLOURS_OF_16_BITS:
@@ -446,19 +444,12 @@ def _png_without_metadata(path: str | Path) -> BytesIO | None:
 
 # --- TIFF ----------------------------------------------------------------------------------------
 
-_SUBFILE_TYPE, _WIDTH, _HEIGHT, _BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANAR = (
-    254,
-    256,
-    257,
-    258,
-    262,
-    284,
-)
+# Tags, and those that hold the directories of EXIF and GPS.
+_SUBFILE_TYPE, _WIDTH, _HEIGHT, _BITS_PER_SAMPLE = 254, 256, 257, 258
+_PHOTOMETRIC, _PLANAR, _EXTRA_SAMPLES = 262, 284, 338
+_DIRECTORIES = (34665, 34853)
 
-
-_DIRECTORIES = (34665, 34853)  # EXIF's own and GPS
-
-# Pillow swaps the bytes of these after libtiff has done so.
+# What pillow swaps the bytes of, after libtiff has done so.
 _SWAPPED = ("I;16BS", "I;32BS", "F;32BF")
 
 
@@ -472,11 +463,16 @@ def _tag(file: Image.Image, number: int, default: Any) -> Any:
 
 
 def _is_misread(file: Image.Image) -> bool:
-    """Whether pillow takes a plane for colours, black for white, or the bytes in another order."""
-    bits = _tag(file, _BITS_PER_SAMPLE, (1,))
+    """Whether pillow gives other pixels than those of this TIFF."""
+    bits, photometric = _tag(file, _BITS_PER_SAMPLE, (1,)), _tag(file, _PHOTOMETRIC, 1)
+    # Channels that are no alpha are left out.
+    unknown = _tag(file, _EXTRA_SAMPLES, ()).count(0)
+    if (photometric == 1 and unknown) or (photometric == 2 and len(bits) > 4):
+        return True
+    # Above 8 bits, a plane is taken for colours, white for black, or bytes are swapped twice.
     planar = len(bits) > 1 and _tag(file, _PLANAR, 1) == 2
     swapped = any(t[0] == "libtiff" and _raw_mode(t) in _SWAPPED for t in _tiles(file))
-    return max(bits) > 8 and (planar or swapped or _tag(file, _PHOTOMETRIC, 1) == 0)
+    return max(bits) > 8 and (planar or swapped or photometric == 0)
 
 
 def _is_preview(file: Image.Image, page: int) -> bool:

@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from PIL import Image, PngImagePlugin, features
+from PIL import Image, PngImagePlugin
 
 import image_files
 
 RGB = np.random.default_rng(5).integers(0, 256, (12, 17, 3)).astype(np.uint8)
 GRAY = np.arange(12 * 17, dtype=np.uint8).reshape(12, 17)
 ORIENTATION = 0x0112
+Image.init()
+HAS_AVIF = "AVIF" in Image.SAVE  # pillow from 11.3 on
 # What an upright picture becomes when the camera's pixels are read with each orientation.
 UPRIGHT = {
     1: lambda x: x,
@@ -347,7 +349,7 @@ def trailing_exif(orientation):
 def oriented(kind, orientation):
     exif = {"exif": exif_of(orientation)}
     planes = deep().transpose(2, 0, 1)
-    if kind == "AVIF" and not features.check("avif"):
+    if kind == "AVIF" and not HAS_AVIF:
         pytest.skip("this pillow has no AVIF")
     return {
         "PNG": lambda: encode(RGB, "PNG", **exif),
@@ -733,10 +735,18 @@ def test_grey_tiff_of_many_kinds(tmp_path, byte_order, compression):
         image_files.load_image(tmp_path / "signed.tif")
 
 
-def test_tiff_of_other_channels(tmp_path):
-    pixels = np.dstack([RGB, RGB])
-    content = encode_tiff(pixels.transpose(2, 0, 1), planarconfig="separate", photometric="rgb")
-    np.testing.assert_array_equal(read(tmp_path, content, channel_count=6), pixels)
+@pytest.mark.parametrize("layout", ["contig", "separate"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize(("count", "photometric"), [(2, "minisblack"), (5, "rgb"), (6, "rgb")])
+def test_channels_of_a_tiff_are_all_or_none(tmp_path, layout, dtype, count, photometric):
+    pixels = np.dstack([RGB, RGB])[:, :, :count]
+    values = pixels.astype(dtype) * dtype(257 if dtype is np.uint16 else 1)
+    planes = values.transpose(2, 0, 1) if layout == "separate" else values
+    extra = [0] * (count - (3 if photometric == "rgb" else 1))
+    content = encode_tiff(planes, planarconfig=layout, photometric=photometric, extrasamples=extra)
+    np.testing.assert_array_equal(read(tmp_path, content, channel_count=count), pixels)
+    with pytest.raises(ValueError, match=rf"3 channels .*\(12, 17, {count}\)"):
+        image_files.load_image(tmp_path / "image.x")
 
 
 def packed_12_bits(values):
@@ -794,7 +804,7 @@ def test_auto_spreads_the_percentiles(dtype):
     low, high = np.percentile(values, (0.1, 99.9))
     expected = ((values.astype(np.float64) - low) / (high - low) * 255).clip(0, 255)
     image = image_files.as_uint8_image(values, 1, "auto")[:, :, 0]
-    assert abs(image - expected).max() <= 0.5 + 1e-9
+    assert abs(image - expected).max() <= 0.501
     assert 100 < image.mean() < 155
 
 
@@ -866,7 +876,7 @@ def test_a_nearly_black_image_is_told_once(tmp_path, caplog, kind):
             2,
         ),
         (encode(RGB, "GIF", save_all=True, append_images=[Image.fromarray(~RGB)]), 2),
-        (encode(RGB, "PNG", save_all=True, append_images=[Image.fromarray(~RGB)] * 2), 3),
+        (encode(RGB, "PNG", save_all=True, append_images=[Image.fromarray(~RGB)]), 2),
         (encode(RGB, "WEBP", save_all=True, append_images=[Image.fromarray(~RGB)]), 2),
     ],
     ids=["TIFF", "planes", "GIF", "PNG", "WebP"],
@@ -932,7 +942,7 @@ def specimens():
         "stack.tif": encode_tiff(planes, photometric="minisblack"),
         "white.tif": encode_tiff(planes[0], photometric="miniswhite", byteorder=">"),
     }
-    if features.check("avif"):
+    if HAS_AVIF:
         files["a.avif"] = encode(base, "AVIF", exif=exif)
     return files
 
