@@ -5,6 +5,7 @@ other. What is wrong with one is a ValueError of one line that names it.
 """
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -50,7 +51,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Marks pictures that the library makes, see own_output.
+# Marks pictures that the library makes, see output_mark.
 _MARK = ("Software", "mask-rcnn")
 
 
@@ -70,8 +71,8 @@ def list_images(folder: str | Path) -> list[Path]:
     return sorted(path for path in paths if not _is_own_output(path))
 
 
-def own_output() -> PngInfo:
-    """The mark of pictures that the library makes: `picture.save(path, pnginfo=own_output())`."""
+def output_mark() -> PngInfo:
+    """The mark of pictures that the library makes: `picture.save(path, pnginfo=output_mark())`."""
     mark = PngInfo()
     mark.add_text(*_MARK)
     return mark
@@ -122,7 +123,7 @@ def load_image(
     check_bit_depth(bit_depth)
 
     def decode(source: _Source) -> np.ndarray:
-        source.warn_of_pages()
+        _warn_of_pages(path, source)
         pixels = source.upright_pixels(grey=channel_count == 1)
         depth = bit_depth or source.bit_depth
         if depth is None and pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2:
@@ -146,8 +147,12 @@ class _Source(Protocol):
         """[H, W] or [H, W, C] of the file's own values; colours are RGB, or grey if asked for."""
         ...
 
-    def warn_of_pages(self) -> None:
-        """Logs that there are further pages, once."""
+    def may_have_pages(self) -> bool:
+        """Whether it is worth counting them."""
+        ...
+
+    def count_pages(self) -> int:
+        """Pages, or frames; previews are none."""
         ...
 
 
@@ -181,6 +186,20 @@ def _read(path: str | Path, use: Callable[[_Source], T]) -> T:
         raise ValueError(f"image file {path} cannot be used: {_line(error)}") from error
 
 
+_counted: set[str] = set()
+
+
+def _warn_of_pages(path: str | Path, source: _Source) -> None:
+    """Logs, once, that there are further pages."""
+    with contextlib.suppress(Exception):  # what is wrong with them is no reason to stop
+        if source.may_have_pages() and str(path) not in _counted:
+            _counted.add(str(path))
+            count = source.count_pages()
+            if count > 1:
+                remedy = "save the one that you mean, or their maximum, as a file of its own"
+                _warn_once(path, f"the first of its {count} pages is read; {remedy}")
+
+
 def _line(error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return (
@@ -188,7 +207,8 @@ def _line(error: Exception) -> str:
             " image_files.MAX_PIXELS if you trust it"
         )
     if isinstance(error, UnidentifiedImageError):
-        return f"it is damaged, or of a format that pillow {Image.__version__} does not read"
+        version = Image.__version__
+        return f"it is damaged, or of a format that pillow {version} does not read; convert it"
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -255,12 +275,6 @@ def _valid_orientation(path: str | Path, value: object) -> int:
     return 1
 
 
-def _warn_of_pages(path: str | Path, count: int) -> None:
-    if count > 1:
-        remedy = "save the one that you mean, or their maximum, as a file of its own"
-        _warn_once(path, f"the first of its {count} pages is read; {remedy}")
-
-
 def _grey(pixels: np.ndarray) -> np.ndarray:
     """[H, W] of RGB [H, W, 3 or 4] uint16, with the weights that pillow has for 8 bits."""
     red, green, blue = (pixels[:, :, i].astype(np.uint32) for i in range(3))
@@ -281,13 +295,13 @@ class _PillowSource:
         width, height = self.file.size
         if self.file.format == "TIFF":  # the size in pillow may be upright already
             width, height = (_tag(self.file, number, 0) for number in (_WIDTH, _HEIGHT))
-        return (width, height) if self._orientation() >= 5 else (height, width)
+        return (width, height) if self._orientation >= 5 else (height, width)
 
     def upright_pixels(self, grey: bool) -> np.ndarray:
         file = self.file
         height, width = self.upright_size()
         # Pillow turns a TIFF while it loads.
-        method = None if file.format == "TIFF" else _TURNS.get(self._orientation())
+        method = None if file.format == "TIFF" else _TURNS.get(self._orientation)
         tiles = _tiles(file)
         raw_mode = _raw_mode(tiles[0]) if tiles else ""
         if file.format == "TIFF":
@@ -321,18 +335,19 @@ class _PillowSource:
             pixels = pixels.astype(np.uint16)  # 16 bits, which there is no other mode for
         return pixels
 
-    def warn_of_pages(self) -> None:
+    def may_have_pages(self) -> bool:
         # The other pictures in a JPEG are previews, and the like.
-        if self.file.format not in ("TIFF", "GIF", "PNG", "WEBP", "AVIF"):
-            return
-        if self.file.format != "GIF" and not getattr(self.file, "is_animated", False):
-            return
-        # In a file of its own, as going through pages changes what is read.
-        with contextlib.suppress(Exception), _pillow_settings(), Image.open(self.content) as file:
+        kind, animated = self.file.format, getattr(self.file, "is_animated", False)
+        return kind in ("TIFF", "GIF", "PNG", "WEBP", "AVIF") and animated
+
+    def count_pages(self) -> int:
+        # In a file of its own, as going through the pages changes what is read.
+        with _pillow_settings(), Image.open(self.content) as file:
             pages = range(getattr(file, "n_frames", 1))
             is_tiff = file.format == "TIFF"
-            _warn_of_pages(self.path, sum(not (is_tiff and _is_preview(file, i)) for i in pages))
+            return sum(not (is_tiff and _is_preview(file, page)) for page in pages)
 
+    @functools.cached_property
     def _orientation(self) -> int:
         file = self.file
         try:
@@ -413,23 +428,24 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 def _has_trailer(path: str | Path) -> bool:
     """Whether metadata follows the pixels of a PNG."""
-    names: list[bytes] = []
+    after_pixels = False
     with open(path, "rb") as file:
         file.seek(len(_PNG_SIGNATURE))
         while len(header := file.read(8)) == 8:
             length, name = struct.unpack(">I4s", header)
-            if b"IDAT" in names and name in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+            if after_pixels and name in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
                 return True
-            names = [name]
+            after_pixels |= name == b"IDAT"
             file.seek(length + 4, os.SEEK_CUR)
     return False
 
 
 def _png_without_metadata(path: str | Path) -> BytesIO | None:
     """A PNG's chunks without which it looks otherwise; None if the file is no PNG."""
-    data = Path(path).read_bytes()
-    if not data.startswith(_PNG_SIGNATURE):
-        return None
+    with open(path, "rb") as file:
+        if file.read(len(_PNG_SIGNATURE)) != _PNG_SIGNATURE:
+            return None
+        data = _PNG_SIGNATURE + file.read()
     kept = [_PNG_SIGNATURE]
     start = len(_PNG_SIGNATURE)
     while start + 12 <= len(data):
@@ -509,7 +525,7 @@ class _TiffSource:
 
     def upright_size(self) -> tuple[int, int]:
         height, width = self.page.imagelength, self.page.imagewidth
-        return (width, height) if self._orientation() >= 5 else (height, width)
+        return (width, height) if self._orientation >= 5 else (height, width)
 
     def upright_pixels(self, grey: bool) -> np.ndarray:
         page = self.page
@@ -530,18 +546,21 @@ class _TiffSource:
             pixels = pixels.transpose(1, 2, 0)
         if photometric == 0:  # white is 0
             pixels = (1 if dtype.kind == "f" else 2**page.bitspersample - 1) - pixels
-        orientation = self._orientation()
+        orientation = self._orientation
         if orientation >= 5:
             pixels = pixels.swapaxes(0, 1)
         pixels = pixels[:: -1 if orientation in (3, 4, 7, 8) else 1]
         pixels = pixels[:, :: -1 if orientation in (2, 3, 6, 7) else 1]
         return _grey(pixels) if grey and photometric == 2 else pixels
 
-    def warn_of_pages(self) -> None:
-        with contextlib.suppress(Exception):
-            pages: Any = self.tiff.pages
-            _warn_of_pages(self.path, sum(not page.is_reduced for page in pages))
+    def may_have_pages(self) -> bool:
+        return len(self.tiff.pages) > 1
 
+    def count_pages(self) -> int:
+        pages: Any = self.tiff.pages
+        return sum(not page.is_reduced for page in pages)
+
+    @functools.cached_property
     def _orientation(self) -> int:
         tag = self.page.tags.get(_ORIENTATION)
         return 1 if tag is None else _valid_orientation(self.path, int(tag.value))

@@ -123,7 +123,7 @@ def test_list_images_leaves_out_what_is_none(tmp_path):
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "gone.tif").symlink_to(tmp_path / "nowhere")
     Image.fromarray(RGB).save(tmp_path / "z.png")
-    Image.fromarray(RGB).save(tmp_path / "b_detections.png", pnginfo=image_files.own_output())
+    Image.fromarray(RGB).save(tmp_path / "b_detections.png", pnginfo=image_files.output_mark())
     other = PngImagePlugin.PngInfo()
     other.add_text("Software", "another program")
     Image.fromarray(RGB).save(tmp_path / "a_detections.png", pnginfo=other)
@@ -341,7 +341,7 @@ def test_a_fork_while_another_thread_reads_can_read(tmp_path):
 
 
 def trailing_exif(orientation):
-    png = encode(RGB, "PNG")
+    png = with_chunk(encode(RGB, "PNG"), png_chunk(b"pHYs", bytes(9)), b"IEND")
     return with_chunk(png, png_chunk(b"eXIf", exif_of(orientation).tobytes()[6:]), b"IEND")
 
 
@@ -704,6 +704,16 @@ def test_grey_of_colours(tmp_path, kind):
     image = read(tmp_path, content, channel_count=1)
     assert image.shape == (12, 17, 1)
     assert abs(image[:, :, 0] - expected).max() <= (0 if kind == "8 bits" else 1)
+
+
+@pytest.mark.parametrize("most", [4095, 65535])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pnm_scales_as_the_file_says(tmp_path, caplog, most, channels):
+    values = DEEP[:, :, :channels] & most
+    header = f"P{5 if channels == 1 else 6} 17 12 {most}\n".encode()
+    image = read(tmp_path, header + values.astype(">u2").tobytes())
+    assert abs(image.astype(int) - np.rint(values * (255 / most))).max() <= 1
+    assert caplog.records == []
 
 
 @pytest.mark.parametrize("byte_order", ["<", ">"])
