@@ -6,33 +6,48 @@ An augmentation is any callable(image, masks, rng) -> (image, masks):
 It may change height and width, but not the number of instances: one that leaves the image gets an
 empty mask and is dropped later. It must not write into its arguments, and a lambda cannot be sent
 to the worker processes of Windows and macOS.
+
+Hundreds of objects in a large image are gigabytes as an array. Those here get them as BoxedMasks,
+which slices alike; so does a function or class of yours that is marked with @takes_boxed_masks.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-Augmentation = Callable[
-    [np.ndarray, np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarray]
-]
-Pair = tuple[np.ndarray, np.ndarray]
+from boxed_masks import BoxedMasks
+
+# BoxedMasks slice as arrays do.
+Masks = Any
+Pair = tuple[np.ndarray, Masks]
+Augmentation = Callable[[np.ndarray, Masks, np.random.Generator], Pair]
+Marked = TypeVar("Marked")
+
+
+def takes_boxed_masks(augmentation: Marked) -> Marked:
+    """Marks a function or class that takes masks as an array or as BoxedMasks."""
+    augmentation.takes_boxed_masks = True  # type: ignore[attr-defined]
+    return augmentation
 
 
 def augment(
-    augmentation: Augmentation, image: np.ndarray, masks: np.ndarray, rng: np.random.Generator
+    augmentation: Augmentation, image: np.ndarray, masks: Masks, rng: np.random.Generator
 ) -> Pair:
-    """Calls an augmentation and checks what it returns.
+    """Calls an augmentation, with the masks in the form that it takes, and checks what it returns.
 
     Raises:
         ValueError: other shapes, dtypes or number of masks than the module's docstring asks for.
     """
+    boxed = isinstance(masks, BoxedMasks) and hasattr(augmentation, "takes_boxed_masks")
     # Contiguous, since torch and OpenCV do not take the views that flips return.
-    result = augmentation(np.ascontiguousarray(image), np.ascontiguousarray(masks), rng)
+    masks = masks if boxed else np.ascontiguousarray(masks)
+    result = augmentation(np.ascontiguousarray(image), masks, rng)
     pair = result if isinstance(result, tuple) else (result,)
-    form = [(x.dtype, x.shape) if isinstance(x, np.ndarray) else type(x) for x in pair]
+    form = [(x.dtype, x.shape) if isinstance(x, np.ndarray | BoxedMasks) else type(x) for x in pair]
     size = pair[0].shape[:2] if isinstance(pair[0], np.ndarray) else ()
     channels, count = image.shape[2], masks.shape[2]
     if form != [(np.uint8, (*size, channels)), (np.bool_, (*size, count))] or 0 in size:
@@ -45,34 +60,39 @@ def augment(
     return result
 
 
+@takes_boxed_masks
 class Compose:
     """Augmentations one after the other."""
 
     def __init__(self, *augmentations: Augmentation) -> None:
         self.augmentations = augmentations
 
-    def __call__(self, image: np.ndarray, masks: np.ndarray, rng: np.random.Generator) -> Pair:
+    def __call__(self, image: np.ndarray, masks: Masks, rng: np.random.Generator) -> Pair:
         for augmentation in self.augmentations:
             image, masks = augment(augmentation, image, masks, rng)
         return image, masks
 
 
-def horizontal_flip(image: np.ndarray, masks: np.ndarray, rng: np.random.Generator) -> Pair:
+@takes_boxed_masks
+def horizontal_flip(image: np.ndarray, masks: Masks, rng: np.random.Generator) -> Pair:
     """Swaps left and right, with probability 1/2."""
     return (image[:, ::-1], masks[:, ::-1]) if rng.random() < 0.5 else (image, masks)
 
 
-def vertical_flip(image: np.ndarray, masks: np.ndarray, rng: np.random.Generator) -> Pair:
+@takes_boxed_masks
+def vertical_flip(image: np.ndarray, masks: Masks, rng: np.random.Generator) -> Pair:
     """Swaps top and bottom, with probability 1/2."""
     return (image[::-1], masks[::-1]) if rng.random() < 0.5 else (image, masks)
 
 
-def rot90(image: np.ndarray, masks: np.ndarray, rng: np.random.Generator) -> Pair:
+@takes_boxed_masks
+def rot90(image: np.ndarray, masks: Masks, rng: np.random.Generator) -> Pair:
     """Turns by 0, 90, 180 or 270 degrees."""
     quarters = int(rng.integers(4))
-    return np.rot90(image, quarters), np.rot90(masks, quarters)
+    return _turn(image, quarters), _turn(masks, quarters)
 
 
+@takes_boxed_masks
 @dataclass(frozen=True)
 class ScaleJitter:
     """Zooms by a random factor at a random place; the image keeps its size, black around it."""
@@ -80,7 +100,7 @@ class ScaleJitter:
     smallest: float = 0.5
     largest: float = 2.0
 
-    def __call__(self, image: np.ndarray, masks: np.ndarray, rng: np.random.Generator) -> Pair:
+    def __call__(self, image: np.ndarray, masks: Masks, rng: np.random.Generator) -> Pair:
         size = image.shape[:2]
         # Uniform in the logarithm: as often twice as large as half as large.
         scale = np.exp(rng.uniform(np.log(self.smallest), np.log(self.largest)))
@@ -88,12 +108,13 @@ class ScaleJitter:
             part = _random_part(size, 1 / scale, rng)
             return _resize(image[part], masks[part], size)
         part = _random_part(size, scale, rng)
-        canvas = np.zeros_like(image), np.zeros_like(masks)
-        shape = canvas[0][part].shape[:2]
-        canvas[0][part], canvas[1][part] = _resize(image, masks, shape)
-        return canvas
+        shape = [s.stop - s.start for s in part]
+        padding = [(s.start, length - s.stop) for s, length in zip(part, size, strict=True)]
+        image, masks = _resize(image, masks, shape)
+        return np.pad(image, [*padding, (0, 0)]), _pad(masks, padding)
 
 
+@takes_boxed_masks
 @dataclass(frozen=True)
 class RandomCrop:
     """Cuts out a part with sides of `smallest` to 1 of the image's.
@@ -103,7 +124,7 @@ class RandomCrop:
 
     smallest: float = 0.5
 
-    def __call__(self, image: np.ndarray, masks: np.ndarray, rng: np.random.Generator) -> Pair:
+    def __call__(self, image: np.ndarray, masks: Masks, rng: np.random.Generator) -> Pair:
         for _ in range(10):
             part = _random_part(image.shape, rng.uniform(self.smallest, 1), rng)
             if masks[part].any():
@@ -111,6 +132,7 @@ class RandomCrop:
         return image[part], masks[part]
 
 
+@takes_boxed_masks
 @dataclass(frozen=True)
 class ColorJitter:
     """Scales brightness, contrast and (of RGB) saturation by factors of 1 - x to 1 + x each."""
@@ -119,7 +141,7 @@ class ColorJitter:
     contrast: float = 0.2
     saturation: float = 0.2
 
-    def __call__(self, image: np.ndarray, masks: np.ndarray, rng: np.random.Generator) -> Pair:
+    def __call__(self, image: np.ndarray, masks: Masks, rng: np.random.Generator) -> Pair:
         brightness, contrast, saturation = (
             np.float32(rng.uniform(1 - x, 1 + x))
             for x in (self.brightness, self.contrast, self.saturation)
@@ -133,6 +155,17 @@ class ColorJitter:
         return pixels.round().clip(0, 255).astype(np.uint8), masks
 
 
+def _turn(x: Any, quarters: int) -> Any:
+    """np.rot90 of an array or BoxedMasks."""
+    turned = x[::-1, ::-1] if quarters >= 2 else x
+    return turned.swapaxes(0, 1)[::-1] if quarters % 2 else turned
+
+
+def _pad(masks: Masks, padding: Sequence[tuple[int, int]]) -> Masks:
+    boxed = isinstance(masks, BoxedMasks)
+    return masks.pad(padding) if boxed else np.pad(masks, [*padding, (0, 0)])
+
+
 def _random_part(
     shape: Sequence[int], share: float, rng: np.random.Generator
 ) -> tuple[slice, slice]:
@@ -143,7 +176,7 @@ def _random_part(
     return rows, columns
 
 
-def _resize(image: np.ndarray, masks: np.ndarray, shape: Sequence[int]) -> Pair:
+def _resize(image: np.ndarray, masks: Masks, shape: Sequence[int]) -> Pair:
     """Both about half-pixel centres: the image antialiased, the masks by the nearest pixel."""
     planes = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
     planes = F.interpolate(planes, tuple(shape[:2]), mode="bilinear", antialias=True)

@@ -14,7 +14,7 @@ Names and defaults are those of matterport/Mask_RCNN and multimodallearning/pyto
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -192,6 +192,12 @@ class Config:
     def has_option(cls, name: str) -> bool:
         """Whether there is an option of this name, which may be one that a sub-class adds."""
         return _is_option(name) and hasattr(cls, name)
+
+    @classmethod
+    def unset(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of some options that there are, and that this class leaves as Config has them."""
+        own = {name for base in cls.__mro__ if base not in Config.__mro__ for name in vars(base)}
+        return {n: v for n, v in options.items() if cls.has_option(n) and n not in own}
 
     # ------------------------------------------------------------------ derived values
     @property

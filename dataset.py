@@ -31,6 +31,7 @@ from augmentation import ScaleJitter as ScaleJitter
 from augmentation import horizontal_flip as horizontal_flip
 from augmentation import rot90 as rot90
 from augmentation import vertical_flip as vertical_flip
+from boxed_masks import BoxedMasks, load_boxed_masks
 from config import Config, are_network_sides
 
 logger = logging.getLogger(__name__)
@@ -39,24 +40,6 @@ logger = logging.getLogger(__name__)
 Target = dict[str, Any]
 # Images [B, C, H, W] uint8 and a target for each.
 Batch = tuple[Tensor, list[Target]]
-
-
-def resize_to_network(
-    image: np.ndarray, config: Config, rng: np.random.Generator | None = None
-) -> utils.ResizedImage:
-    """Resizes an image [H, W, C] as the config says; see utils.resize_image.
-
-    Raises:
-        ValueError: the mode is "none" and the sides are not those of a network input.
-    """
-    resized = utils.resize_image(image, **config.resize_options, rng=rng)
-    height, width = resized.image.shape[:2]
-    if not are_network_sides(height, width):
-        raise ValueError(
-            f"image sides must be multiples of 64 in mode 'none', got {height} x {width};"
-            " use IMAGE_RESIZE_MODE 'pad64'"
-        )
-    return resized
 
 
 # --- Items ---------------------------------------------------------------------------------------
@@ -167,40 +150,40 @@ class TorchDataset(torch.utils.data.Dataset[tuple[Tensor, Target]]):
         try:
             if self.augmentation is not None:
                 image, masks = augment(self.augmentation, image, masks, rng)
-            image, _, scale, padding, crop = resize_to_network(image, config, rng)
+            image, _, scale, padding, crop = utils.resize_to_network(image, config, rng)
         except Exception as error:  # whatever a user's augmentation stumbles over
             raise ValueError(f"image {self.describe(image_id)}: {error!r}") from error
-        masks = utils.resize_mask(masks, scale, padding, crop)
-        boxes = utils.extract_bboxes(masks)
-        keep = self._choose(image_id, boxes, class_ids, rng)
-        if len(keep) < len(class_ids):
-            masks, boxes, class_ids = masks[:, :, keep], boxes[keep], class_ids[keep]
+        if not isinstance(masks, BoxedMasks):
+            masks = BoxedMasks.from_array(masks)
+        masks = masks.resize(scale, padding, crop).tight()
+        keep = self._choose(image_id, masks.boxes, class_ids, rng)
+        masks, class_ids = masks.select(keep), class_ids[keep]
         if config.SKIP_EMPTY_IMAGES and not (class_ids > 0).any():
             return None
 
-        if config.USE_MINI_MASK:
-            masks = utils.minimize_mask(boxes, masks, config.MINI_MASK_SHAPE)
+        boxes = masks.boxes.astype(np.float32)
+        mini = config.USE_MINI_MASK
+        planes = masks.minimize(config.MINI_MASK_SHAPE) if mini else np.asarray(masks)
         active = np.zeros(config.NUM_CLASSES, dtype=bool)
         active[self.dataset.source_class_ids[self.dataset.image_info[image_id]["source"]]] = True
         return _planes(image), {
             "class_ids": torch.from_numpy(class_ids),
-            "boxes": torch.from_numpy(boxes.astype(np.float32)),
-            "masks": _planes(masks),
+            "boxes": torch.from_numpy(boxes),
+            "masks": _planes(planes),
             "active_class_ids": torch.from_numpy(active),
             "image_id": image_id,
         }
 
-    def _read(self, image_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Image [H, W, C] uint8, masks [H, W, N] bool and class ids [N] int64, checked."""
+    def _read(self, image_id: int) -> tuple[np.ndarray, BoxedMasks, np.ndarray]:
+        """Image [H, W, C] uint8, masks and class ids [N] int64, checked."""
         image = self.dataset.load_image(image_id)
         image = utils.as_uint8_image(image, self.config.IMAGE_CHANNEL_COUNT)
-        masks, class_ids = self.dataset.load_mask(image_id)
-        class_ids = np.array(class_ids, dtype=np.int64)
-        if class_ids.ndim != 1 or masks.shape != (*image.shape[:2], len(class_ids)):
+        masks, class_ids = load_boxed_masks(self.dataset, image_id)
+        class_ids = class_ids.astype(np.int64)
+        if masks.size != image.shape[:2]:
             raise ValueError(
-                f"load_mask must return masks [{image.shape[0]}, {image.shape[1]}, N], as large"
-                f" as the upright image, and class ids [N], got {list(masks.shape)} and"
-                f" {list(class_ids.shape)}"
+                f"masks must be as large as the upright image, {image.shape[0]} x"
+                f" {image.shape[1]}, got {masks.size[0]} x {masks.size[1]}"
             )
         wrong = (class_ids == 0) | (abs(class_ids) >= self.config.NUM_CLASSES)
         if wrong.any():
@@ -208,7 +191,7 @@ class TorchDataset(torch.utils.data.Dataset[tuple[Tensor, Target]]):
                 f"class ids must be in 1..{self.config.NUM_CLASSES - 1}, or negative for crowds,"
                 f" got {class_ids[wrong].tolist()}"
             )
-        return image, masks.astype(bool, copy=False), class_ids
+        return image, masks, class_ids
 
     def _choose(
         self, image_id: int, boxes: np.ndarray, class_ids: np.ndarray, rng: np.random.Generator

@@ -8,6 +8,7 @@ python demo.py mine.jpg --model logs/.../best.pth # a model of your own
 """
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import cli
 import coco
 import model as modellib
 import utils
@@ -50,7 +52,7 @@ def sample_images(model: str) -> dict[str, np.ndarray]:
 
     if model != "shapes":
         return {"astronaut": skimage.data.astronaut()}
-    from samples.shapes import scene
+    from samples.scenes import scene
 
     # The scenes of seed 0 were trained on.
     return {"coins": utils.as_uint8_image(skimage.data.coins()), "shapes": scene(1).image}
@@ -104,81 +106,82 @@ def write(path: Path, content: np.ndarray | list[dict[str, Any]]) -> None:
         utils.write_atomic(path, lambda file: file.write(text.encode()))
 
 
-def one_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def look(
+    model: modellib.MaskRCNN, image: np.ndarray, names: list[str], stages: bool
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Detects in one image; the result as of detect(masks="rle"), and what to show, by name."""
+    if stages:
+        result, pictures = draw_stages(model, image, names)
+    else:
+        result, pictures = model.detect([image], masks="rle")[0], {}
+    arguments = (result["rois"], result["masks"], result["class_ids"], names, result["scores"])
+    picture = visualize.draw_instances(utils.as_uint8_image(image), *arguments)
+    return result, {**pictures, "4_final" if stages else "detections": picture}
 
 
-def run(args: argparse.Namespace) -> int:
-    """Does what the command line asks; returns the number of images that could not be read."""
-    if not 0 <= args.min_confidence <= 1:
-        raise ValueError(f"--min-confidence must be in 0..1, got {args.min_confidence}")
+def detect(args: argparse.Namespace) -> int:
+    """Does what the command line asks; returns 1 if there was an image that cannot be used."""
     model_name = args.model or ("coco" if args.images else "shapes")
     images: dict[Path, np.ndarray | None] = dict.fromkeys(find_images(args.images))
     if not args.images:
         images = {Path(stem): image for stem, image in sample_images(model_name).items()}
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options = {"DETECTION_MIN_CONFIDENCE": args.min_confidence}
-    model = modellib.MaskRCNN.from_weights(model_name, **options).to(device)
+    model = modellib.MaskRCNN.from_weights(model_name, **options).to(args.device)
     names = class_names(model.config)
-    category_ids = coco.CATEGORY_IDS if names == coco.CLASS_NAMES else None
-    channels = model.config.IMAGE_CHANNEL_COUNT
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
 
-    broken, used = 0, set()
+    status, used = 0, set[str]()
     for path, image in tqdm(images.items(), unit="image", disable=len(images) <= 2):
         try:
             if image is None:
-                image = utils.load_image(path, channels)
-            if args.stages:
-                result, pictures = draw_stages(model, image, names)
-            else:
-                result, pictures = model.detect([image], masks="rle")[0], {}
-        except (OSError, ValueError, RuntimeError) as error:
-            tqdm.write(f"demo.py: skipped {path}: {one_line(error)}", file=sys.stderr)
-            broken += 1
+                image = utils.load_image(path, model.config.IMAGE_CHANNEL_COUNT)
+            result, pictures = look(model, image, names, args.stages)
+        except cli.EXPECTED as error:
+            tqdm.write(f"demo.py: skipped {path}: {cli.one_line(error)}", file=sys.stderr)
+            status = 1
             continue
-        stem = path.stem
-        name = next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, 10**6))) if n not in used)
+        stems = itertools.chain([path.stem], (f"{path.stem}-{i}" for i in itertools.count(2)))
+        name = next(stem for stem in stems if stem not in used)
         used.add(name)
-        arguments = (result["rois"], result["masks"], result["class_ids"], names, result["scores"])
-        picture = visualize.draw_instances(utils.as_uint8_image(image), *arguments)
-        pictures["4_final" if args.stages else "detections"] = picture
-        for stage, content in pictures.items():
-            write(output / f"{name}_{stage}.png", content)
+        for stage, picture in pictures.items():
+            write(output / f"{name}_{stage}.png", picture)
         if args.json:
-            image_id = int(name) if name.isdecimal() else name
-            write(output / f"{name}.json", coco.build_coco_results(image_id, result, category_ids))
+            write(output / f"{name}.json", results(name, result, names))
         tqdm.write(f"{path}: {len(result['scores'])} objects, {output / name}_*.png")
         if args.show:
             visualize.display_images([picture], [name], cols=1, show=True)
-    return broken
+    return status
+
+
+def results(name: str, result: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
+    """The detections of an image in COCO's format, with COCO's ids for its 80 classes."""
+    image_id = int(name) if name.isdecimal() else name
+    category_ids = coco.CATEGORY_IDS if names == coco.CLASS_NAMES else None
+    return coco.build_coco_results(image_id, result, category_ids)
+
+
+def build_parser() -> cli.Parser:
+    """The parser of the command line."""
+    parser = cli.Parser(prog="demo.py", description=__doc__)
+    add = parser.add_argument
+    add("images", nargs="*", metavar="IMAGE|FOLDER", help="what to look at")
+    text = "shapes, nuclei, coco, or a .h5 or .pth file; default: coco (shapes without IMAGE)"
+    add("--model", metavar="NAME|FILE", help=text)
+    add("--output", default="out", metavar="DIR", help="of the pictures; default: out")
+    cli.add_device(parser)
+    text = "least score of what is shown, 0 to 1; default: 0.7"
+    add("--min-confidence", type=cli.share, default=0.7, metavar="X", help=text)
+    add("--stages", action="store_true", help="draw the four stages as well")
+    add("--json", action="store_true", help="write results in COCO's format as well")
+    add("--show", action="store_true", help="show each picture in a window")
+    parser.set_defaults(run=detect)
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("images", nargs="*", metavar="IMAGE|FOLDER", help="what to look at")
-    parser.add_argument(
-        "--model",
-        metavar="NAME|FILE",
-        help="shapes, nuclei, coco, or a .h5 or .pth file; default: coco (shapes without IMAGE)",
-    )
-    parser.add_argument("--output", default="out", metavar="DIR", help="default: out")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
-    parser.add_argument("--min-confidence", type=float, default=0.7, help="default: 0.7")
-    parser.add_argument("--stages", action="store_true", help="draw the four stages as well")
-    parser.add_argument("--json", action="store_true", help="write COCO-style results as well")
-    parser.add_argument("--show", action="store_true", help="show each picture in a window")
-    args = parser.parse_args(arguments)
-    try:
-        return 1 if run(args) else 0
-    except KeyboardInterrupt:
-        return 130
-    except (OSError, TypeError, ValueError, RuntimeError) as error:
-        print(f"demo.py: {one_line(error)}", file=sys.stderr)
-        return 2
+    """The command line."""
+    return cli.run(build_parser(), arguments)
 
 
 if __name__ == "__main__":

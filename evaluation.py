@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import distributed
 import utils
+from boxed_masks import BoxedMasks, load_boxed_masks
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
@@ -200,13 +201,13 @@ def ground_truth(dataset: utils.Dataset, image_id: int) -> list[dict[str, Any]]:
     """The instances of an image; a data set may have a method ground_truth(image_id) for it."""
     if hasattr(dataset, "ground_truth"):
         return dataset.ground_truth(image_id)
-    return instances_of_masks(*dataset.load_mask(image_id))
+    return instances_of_masks(*load_boxed_masks(dataset, image_id))
 
 
-def instances_of_masks(masks: np.ndarray, class_ids: np.ndarray) -> list[dict[str, Any]]:
-    """What load_mask returns, as a list of instances."""
-    planes = np.moveaxis(masks, 2, 0)
-    return [instance(int(i), utils.rle_encode(m)) for i, m in zip(class_ids, planes, strict=True)]
+def instances_of_masks(masks: BoxedMasks, class_ids: np.ndarray) -> list[dict[str, Any]]:
+    """Masks and their class ids as a list of instances."""
+    parts = zip(class_ids, masks.parts, strict=True)
+    return [instance(int(i), utils.rle_encode(part, box, masks.size)) for i, (box, part) in parts]
 
 
 def instance(

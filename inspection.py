@@ -117,7 +117,7 @@ def _network_boxes(
 ) -> tuple[np.ndarray, tuple[int, int]]:
     """Boxes [N, 4] of an image of this size in network pixels, and the network input's shape."""
     # An image without channels costs nothing.
-    resized = utils.resize_image(np.empty((*size, 0), np.uint8), **config.resize_options)
+    resized = utils.resize_to_network(np.empty((*size, 0), np.uint8), config)
     height, width = resized.image.shape[:2]
     corner = resized.window[:2] if resized.crop is None else [-n for n in resized.crop[:2]]
     boxes = utils.clip_boxes(boxes * resized.scale + np.tile(corner, 2), (0, 0, height, width))

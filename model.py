@@ -34,7 +34,7 @@ import utils
 import weights
 from augmentation import Augmentation
 from config import Config
-from dataset import check_batch, resize_to_network
+from dataset import check_batch
 from fused import convolve
 from losses import (
     mrcnn_bbox_loss,
@@ -703,7 +703,8 @@ class MaskRCNN(nn.Module):
         """
         fused.prepare(self)
 
-    # ------------------------------------------------------------------ from images to detections or losses
+    # --- From images to detections, or to losses
+
     def forward(
         self, images: Tensor, targets: Sequence[Mapping[str, Any]] | None = None
     ) -> dict[str, Tensor] | Prediction:
@@ -843,7 +844,7 @@ class MaskRCNN(nn.Module):
         """
         if self.config.IMAGE_RESIZE_MODE == "crop":
             raise ValueError("IMAGE_RESIZE_MODE 'crop' is for training; detect with 'square'")
-        resized = [resize_to_network(image, self.config) for image in images]
+        resized = [utils.resize_to_network(image, self.config) for image in images]
         molded = torch.from_numpy(np.stack([item.image for item in resized]))
         corners = np.stack([item.window for item in resized])
         windows = torch.from_numpy(utils.norm_boxes(corners, molded.shape[1:3]))
@@ -889,7 +890,8 @@ class MaskRCNN(nn.Module):
             self._anchors[key] = pixels, unit
         return self._anchors[key]
 
-    # ------------------------------------------------------------------ losses
+    # --- Losses
+
     def _build_targets(
         self, targets: Sequence[Mapping[str, Any]], proposals: Rois, image_shape: Sequence[int]
     ) -> tuple[list[RPNTargets], list[RoiTargets]]:
@@ -947,7 +949,8 @@ class MaskRCNN(nn.Module):
         }
         return {name: self.config.LOSS_WEIGHTS[name] * loss for name, loss in losses.items()}
 
-    # ------------------------------------------------------------------ weights
+    # --- Weights
+
     def set_backbone_style(self, style: str) -> None:
         """Makes the ResNet compute what its weights were trained with.
 
@@ -1020,8 +1023,8 @@ class MaskRCNN(nn.Module):
             path: "coco", "shapes" or "nuclei"; a .h5 or .pth file, which tells depth, widths and
                 classes, and if it is a checkpoint of ours all options; or what
                 weights.read_state_dict made of one.
-            config: a class of configuration, to be filled with what the file tells; or a
-                configuration to be taken as it is.
+            config: a class of configuration, which is filled with what the file tells, except for
+                options that the class sets itself; or a configuration to be taken as it is.
             exclude: modules that start anew, e.g. those of other classes; see load_weights.
             model_dir: folder for the logs and checkpoints of training.
             options: of config, e.g. DETECTION_MIN_CONFIDENCE=0.5; they win over the file's.
@@ -1032,16 +1035,17 @@ class MaskRCNN(nn.Module):
         if isinstance(config, type):
             if not isinstance(path, weights.WeightFile):
                 path = weights.read_state_dict(weights.find_weights(path))
-            known = weights.read_options(path)
-            known = {name: value for name, value in known.items() if config.has_option(name)}
-            config = config(**known | options)
+            config = config(**config.unset(weights.read_options(path)) | options)
         elif options:
             raise TypeError(f"options must be set in the config that is given, got {options}")
         model = cls(config, model_dir)
-        logger.info("%s", model.load_weights(path, exclude, verbose=False))
+        report = model.load_weights(path, exclude, verbose=False)
+        if report.missing or report.excluded:
+            logger.info("%s", report)
         return model.eval()
 
-    # ------------------------------------------------------------------ training
+    # --- Training
+
     def set_trainable(self, layers: str) -> int:
         r"""Lets training change the chosen layers and no others.
 
@@ -1090,7 +1094,7 @@ class MaskRCNN(nn.Module):
         callbacks: Sequence[training.Callback] = (),
         evaluate: Callable[["MaskRCNN"], dict[str, float]] | None = None,
     ) -> None:
-        """Trains one stage; the README says what it leaves in log_dir.
+        """Trains one stage; docs/training.md says what it leaves in log_dir.
 
         Args:
             train_dataset: prepared.

@@ -3,6 +3,7 @@
 Boxes are (y1, x1, y2, x2), half-open: y2 and x2 lie one past the last pixel.
 """
 
+import copy
 import functools
 import logging
 import os
@@ -15,9 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from config import Config, are_network_sides
+
 # Notebooks write utils.load_image.
 from image_files import as_uint8_image as as_uint8_image
 from image_files import load_image as load_image
+from image_files import read_size as upright_size  # noqa: F401 - of coco_dataset and annotations
 
 logger = logging.getLogger(__name__)
 
@@ -342,6 +346,24 @@ def resize_image(
     return ResizedImage(padded, window, scale, padding, None)
 
 
+def resize_to_network(
+    image: np.ndarray, config: Config, rng: np.random.Generator | None = None
+) -> ResizedImage:
+    """Resizes an image [H, W, C] as the config says; see resize_image.
+
+    Raises:
+        ValueError: the mode is "none" and the sides are not those of a network input.
+    """
+    resized = resize_image(image, **config.resize_options, rng=rng)
+    height, width = resized.image.shape[:2]
+    if not are_network_sides(height, width):
+        raise ValueError(
+            f"image sides must be multiples of 64 in mode 'none', got {height} x {width};"
+            " use IMAGE_RESIZE_MODE 'pad64'"
+        )
+    return resized
+
+
 # --- Masks ---------------------------------------------------------------------------------------
 
 
@@ -356,15 +378,23 @@ def resize_mask(
     Matterport: corners are mapped to corners (scipy.ndimage.zoom), while the image is resized about
     half-pixel centres, so the two can differ by up to half a pixel.
     """
-    height, width = _scaled_shape(mask.shape, scale)
+    y, x = mask_taps(mask.shape, scale, crop)
+    resized = mask[y[:, None], x]
+    return resized if crop is not None else np.pad(resized, padding)
+
+
+def mask_taps(
+    shape: Sequence[int], scale: float, crop: tuple[int, int, int, int] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of masks of this shape that resize_mask takes."""
+    height, width = _scaled_shape(shape, scale)
     y, x = (
         np.floor(np.arange(new) * ((old - 1) / max(new - 1, 1)) + 0.5).astype(np.int64)
-        for old, new in ((mask.shape[0], height), (mask.shape[1], width))
+        for old, new in ((shape[0], height), (shape[1], width))
     )
     if crop is not None:
         y, x = y[crop[0] : crop[0] + crop[2]], x[crop[1] : crop[1] + crop[3]]
-        return mask[y[:, None], x]
-    return np.pad(mask[y[:, None], x], padding)
+    return y, x
 
 
 def extract_bboxes(mask: np.ndarray) -> np.ndarray:
@@ -541,6 +571,36 @@ def rle_decode(rle: dict[str, Any]) -> np.ndarray:
         ValueError: the counts are malformed or do not add up to H * W.
     """
     height, width = rle["size"]
+    counts = _checked_counts(rle)
+    values = np.arange(len(counts)) % 2 == 1
+    return values.repeat(counts).reshape(width, height).T
+
+
+def rle_decode_part(rle: dict[str, Any]) -> tuple[tuple[int, int, int, int], np.ndarray]:
+    """The tight box (y1, x1, y2, x2) of a mask in run lengths, and the part in it, [h, w] bool.
+
+    Costs as much as the columns that the mask touches, see rle_decode; zeros and an empty part
+    where nothing is set.
+    """
+    height, _ = rle["size"]
+    edges = np.cumsum(_checked_counts(rle))
+    starts, ends = edges[:-1:2], edges[1::2]
+    starts, ends = starts[starts < ends], ends[starts < ends]
+    if len(starts) == 0:
+        return (0, 0, 0, 0), np.zeros((0, 0), dtype=bool)
+    x1, x2 = int(starts[0]) // height, -(-int(ends[-1]) // height)
+    inside = np.stack([starts, ends], axis=1).ravel() - x1 * height
+    counts = np.diff(inside, prepend=0, append=(x2 - x1) * height)
+    values = np.arange(len(counts)) % 2 == 1
+    columns = values.repeat(counts).reshape(x2 - x1, height)
+    rows = np.flatnonzero(columns.any(axis=0))
+    y1, y2 = int(rows[0]), int(rows[-1]) + 1
+    return (y1, x1, y2, x2), np.ascontiguousarray(columns[:, y1:y2].T)
+
+
+def _checked_counts(rle: dict[str, Any]) -> np.ndarray:
+    """The lengths [R] int64 of the runs; ValueError if they are malformed or do not add up."""
+    height, width = rle["size"]
     counts = rle["counts"]
     if isinstance(counts, str):
         counts = counts.encode()
@@ -550,8 +610,7 @@ def rle_decode(rle: dict[str, Any]) -> np.ndarray:
             f"run lengths must be positive and add up to {height} * {width} = {height * width}, "
             f"got a sum of {counts.sum()}; the mask is damaged or its size is another image's"
         )
-    values = np.arange(len(counts)) % 2 == 1
-    return values.repeat(counts).reshape(width, height).T
+    return counts
 
 
 def _compress_counts(counts: np.ndarray) -> str:
@@ -673,6 +732,23 @@ class Dataset:
                 f"an image's source must have a class, got {source!r}; add_class({source!r}, ...) "
                 f"or use one of {self.sources[1:]}"
             )
+
+    def split(self, share: float, seed: int = 0) -> tuple["Dataset", "Dataset"]:
+        """Two data sets of the same classes, e.g. to train on and to validate with.
+
+            train, val = dataset.split(0.2)
+
+        Args:
+            share: of the images that the second one gets, rounded down.
+            seed: chooses them.
+        """
+        order = np.random.default_rng(seed).permutation(self.num_images)
+        count = int(share * self.num_images)
+        parts = copy.copy(self), copy.copy(self)
+        for part, chosen in zip(parts, (order[count:], order[:count]), strict=True):
+            part.image_info = [self.image_info[i] for i in np.sort(chosen)]
+            part.prepare()
+        return parts
 
     def map_source_class_id(self, source_class_id: str) -> int:
         """The internal id of a source class, "coco.12"; ValueError if there is none."""

@@ -205,12 +205,11 @@ def _draw_masks(
     boxes: np.ndarray,
     masks: Masks,
     colors: np.ndarray,
-    order: np.ndarray,
     alpha: float = 0.5,
 ) -> None:
-    """Blends masks into `image` in place and draws their contours on `ax`."""
+    """Blends masks into `image` in place, large ones first, and draws their contours on `ax`."""
     contours, contour_colors = [], []
-    for i in order:
+    for i in _by_area(boxes, image.shape):
         y1, x1, y2, x2 = _pixel_box(boxes[i], image.shape)
         if isinstance(masks, np.ndarray):
             mask = masks[y1:y2, x1:x2, i]
@@ -380,7 +379,7 @@ def display_instances(
     rgb = _instance_colors(colors, class_ids)
     order = _by_area(boxes, image.shape)
     if masks is not None and show_mask:
-        _draw_masks(ax, image, boxes, masks, rgb, order, alpha)
+        _draw_masks(ax, image, boxes, masks, rgb, alpha)
     _draw_image(ax, image, title)
     if show_bbox:
         _draw_boxes(ax, boxes[order], rgb[order])
@@ -469,7 +468,7 @@ def draw_boxes(
     joined = boxes is not None and refined_boxes is not None
     if masks is not None:
         around = [np.minimum(before, after)[:, :2], np.maximum(before, after)[:, 2:]]
-        _draw_masks(ax, image, np.hstack(around), masks, rgb, order)
+        _draw_masks(ax, image, np.hstack(around), masks, rgb)
     _draw_image(ax, image, title)
     if boxes is not None:
         styles = ["solid" if visible[i] == 2 else DOTTED for i in order]
@@ -666,7 +665,7 @@ def draw_mask_stage(
         _draw_image(top, crop, captions[i])
         top.title.set_fontsize(FONT_SIZE)
         _draw_image(middle, mask_probs[i], cmap="magma", vmin=0, vmax=1, interpolation="nearest")
-        _draw_masks(bottom, crop, box[None], mask[..., None], rgb[[i]], np.arange(1))
+        _draw_masks(bottom, crop, box[None], mask[..., None], rgb[[i]])
         _draw_image(bottom, crop)
         _draw_boxes(bottom, box[None], rgb[[i]])
     return _render(figure)

@@ -10,7 +10,6 @@ rest.
     python weights.py download coco
 """
 
-import argparse
 import difflib
 import hashlib
 import http.client
@@ -28,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import cli
 import utils
 
 VERSION = "1.0.0"  # of the library, as in pyproject.toml
@@ -645,36 +645,34 @@ def describe(path: str | Path) -> str:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+def build_parser() -> cli.Parser:
+    """The parser of the command line."""
+    parser = cli.Parser(
+        prog="weights.py",
         description="Converts, downloads and describes weight files of Mask R-CNN.",
         epilog="""examples:
   python weights.py download coco
   python weights.py info mask_rcnn_coco.h5
   python weights.py convert mask_rcnn_coco.h5 mask_rcnn_coco.pth""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("convert", help="write a .h5 or .pth as a checkpoint")
     command.add_argument("source", metavar="IN", help="any weight file")
     command.add_argument("target", metavar="OUT", help="the .pth to write")
+    command.set_defaults(run=lambda args: convert(args.source, args.target))
     command = commands.add_parser("download", help="fetch published weights")
     command.add_argument("name", metavar="NAME", help=", ".join(SOURCES))
     command.add_argument("--folder", help="where to keep it (default: the cache folder)")
+    command.set_defaults(run=lambda args: print(download(args.name, args.folder)))
     command = commands.add_parser("info", help="format, size, backbone and classes of a file")
     command.add_argument("file", metavar="FILE", help="any weight file")
-    args = parser.parse_args(arguments)
-    try:
-        if args.command == "convert":
-            convert(args.source, args.target)
-        elif args.command == "download":
-            print(download(args.name, args.folder))
-        else:
-            print(describe(args.file))
-    except (OSError, ValueError) as error:
-        print(f"weights.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    command.set_defaults(run=lambda args: print(describe(args.file)))
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    return cli.run(build_parser(), arguments)
 
 
 if __name__ == "__main__":

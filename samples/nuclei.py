@@ -8,26 +8,34 @@ are of the 2018 Data Science Bowl (BBBC038, Caicedo et al. 2019, doi:10.1038/s41
 """
 
 import argparse
-import datetime
-import json
-import logging
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import coco
-import dataset as datalib
-import model as modellib
-import training
+import cli
 import weights
+from augmentation import (
+    Compose,
+    Masks,
+    Pair,
+    horizontal_flip,
+    rot90,
+    takes_boxed_masks,
+    vertical_flip,
+)
+from coco_dataset import CocoDataset
 from config import Config
+from evaluation import evaluate_coco, evaluator
+from model import MaskRCNN
+from samples.card import write_card
 
 WEIGHTS = Path(__file__).with_suffix(".pth")
 
@@ -75,6 +83,7 @@ class TrainingConfig(NucleiConfig):
     NUM_WORKERS = 1
 
 
+@takes_boxed_masks
 @dataclass(frozen=True)
 class Crop:
     """Cuts out a part with sides of `smallest` to `largest` of the image's, with a nucleus in it.
@@ -85,9 +94,7 @@ class Crop:
     smallest: float = 0.4
     largest: float = 0.65
 
-    def __call__(
-        self, image: np.ndarray, masks: np.ndarray, rng: np.random.Generator
-    ) -> datalib.Pair:
+    def __call__(self, image: np.ndarray, masks: Masks, rng: np.random.Generator) -> Pair:
         share = math.exp(rng.uniform(math.log(self.smallest), math.log(self.largest)))
         side = round(share * min(image.shape[:2]))
         for _ in range(10):
@@ -98,114 +105,85 @@ class Crop:
         return image[part], masks[part]
 
 
-def expose(image: np.ndarray, masks: np.ndarray, rng: np.random.Generator) -> datalib.Pair:
+@takes_boxed_masks
+def expose(image: np.ndarray, masks: Masks, rng: np.random.Generator) -> Pair:
     """Another exposure: brightness times 0.6 to 1.65, and a gamma from the same range."""
     gamma, gain = np.exp(rng.uniform(-0.5, 0.5, 2))
     table = 255 * (gain * (np.arange(256) / 255) ** gamma).clip(0, 1)
     return table.round().astype(np.uint8)[image], masks
 
 
-AUGMENTATION = datalib.Compose(
-    Crop(), datalib.horizontal_flip, datalib.vertical_flip, datalib.rot90, expose
-)
+AUGMENTATION = Compose(Crop(), horizontal_flip, vertical_flip, rot90, expose)
 
 
-def load(folder: str, subset: str) -> coco.CocoDataset:
-    data = coco.CocoDataset()
-    data.load_annotations(Path(folder) / "images", Path(folder) / f"instances_{subset}.json")
+def train(args: argparse.Namespace) -> None:
+    """Learns from crops, is judged by whole images, and leaves weights for whole images."""
+    config, whole = TrainingConfig(SEED=args.seed, STEPS_PER_EPOCH=args.steps), NucleiConfig()
+    torch.manual_seed(args.seed)
+    model = MaskRCNN(config, args.logs).to(args.device)
+    if args.model == "last":
+        model.resume()
+    elif args.model is not None:
+        raise ValueError(f"to train, --model must be last or left out, got {args.model}")
+    train_set, val_set = load(args, "train"), load(args, "val")
+
+    def judge(model: MaskRCNN) -> dict[str, float]:
+        model.config = whole
+        try:
+            return evaluator(val_set)(model)
+        finally:
+            model.config = config
+
+    options: dict[str, Any] = {"augmentation": AUGMENTATION, "evaluate": judge}
+    with cli.resumable(model, "--model last"):
+        model.train_model(train_set, None, config.LEARNING_RATE, args.epochs, "all", **options)
+    model.config = whole
+    whole.CLASS_NAMES = val_set.class_names
+    weights.save_weights(model, args.output)
+    result = evaluate_coco(model, val_set, min_confidence=0.0)
+    if result is not None:  # under torchrun, in the main process
+        data = "BBBC038, 2018 Data Science Bowl, fluorescence images, CC0;"
+        write_card(args, model, result, data=f"{data} AP of {result.images} validation images")
+        print(f"{args.output}: {result}")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """COCO's numbers for the validation images."""
+    data = load(args, "val")
+    if args.model == "last":
+        model = MaskRCNN(NucleiConfig(), args.logs)
+        model.resume()
+    else:
+        sides = {name: getattr(NucleiConfig, name) for name in ("IMAGE_MIN_DIM", "IMAGE_MAX_DIM")}
+        model = MaskRCNN.from_weights(args.model or WEIGHTS, **sides)
+    print(evaluate_coco(model.to(args.device), data, min_confidence=0.0))
+
+
+def load(args: argparse.Namespace, subset: str) -> CocoDataset:
+    """The images to train on or to validate with."""
+    folder, data = Path(args.dataset), CocoDataset()
+    data.load_annotations(folder / "images", folder / f"instances_{subset}.json")
     data.prepare()
     return data
 
 
-def train(args: argparse.Namespace, device: torch.device) -> None:
-    config = TrainingConfig(SEED=args.seed, STEPS_PER_EPOCH=args.steps)
-    torch.manual_seed(args.seed)
-    model = modellib.MaskRCNN(config, args.logs).to(device)
-    if args.model == "last":
-        model.resume()
-    val, evaluator = load(args.dataset, "val"), NucleiConfig()
-
-    def evaluate(model: modellib.MaskRCNN) -> dict[str, float]:
-        model.config = evaluator  # for whole images
-        try:
-            return coco.evaluator(val)(model)
-        finally:
-            model.config = config
-
-    model.train_model(
-        load(args.dataset, "train"),
-        None,
-        config.LEARNING_RATE,
-        args.epochs,
-        "all",
-        AUGMENTATION,
-        evaluate=evaluate,
-    )
-    # Checkpoints are for training on crops; this file is for whole images.
-    model.config = evaluator
-    evaluator.CLASS_NAMES = val.class_names
-    output = Path(args.output)
-    weights.save_weights(model, output)
-    result = coco.evaluate_coco(model, val, min_confidence=0.0)
-    if result is not None:
-        history = training.read_history(model.log_dir) if model.log_dir else []
-        card = {
-            "class_names": val.class_names,
-            "config": weights.plain(evaluator.to_dict()),
-            "command": f"python samples/nuclei.py train --epochs {args.epochs} --steps {args.steps}"
-            f" --seed {args.seed}",
-            "data": "BBBC038, 2018 Data Science Bowl, fluorescence images, CC0;"
-            f" AP of {result.images} validation images",
-            "seed": args.seed,
-            **{name: round(value, 4) for name, value in result.metrics.items()},
-            "version": weights.VERSION,
-            "torch": torch.__version__,
-            "date": datetime.date.today().isoformat(),
-            "minutes": round(sum(record["seconds"] for record in history) / 60, 1),
-        }
-        output.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n")
-        print(f"{output}: {result}")
-
-
-def evaluate(args: argparse.Namespace, device: torch.device) -> None:
-    data = load(args.dataset, "val")
-    path: Path = WEIGHTS if args.model is None else Path(args.model)
-    if args.model == "last":
-        checkpoints = training.find_checkpoints(args.logs, NucleiConfig.NAME)
-        path = training.first_readable(checkpoints).path
-    side = {name: getattr(NucleiConfig, name) for name in ("IMAGE_MIN_DIM", "IMAGE_MAX_DIM")}
-    model = modellib.MaskRCNN.from_weights(path, **side).to(device)
-    print(coco.evaluate_coco(model, data, min_confidence=0.0))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("command", choices=["train", "evaluate"])
-    parser.add_argument("--dataset", required=True, metavar="DIR", help="holds images/ and jsons")
-    parser.add_argument(
-        "--model",
-        help='"last" goes on after a stop; evaluate: also a file; default: the one shipped',
-    )
-    parser.add_argument("--epochs", type=int, default=14)
-    parser.add_argument("--steps", type=int, default=500, help="of an epoch; default: 500")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--logs", default="logs")
-    parser.add_argument("--output", default="nuclei.pth", help="the trained weights")
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    args = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        with training.distributed(args.device) as device:
-            (train if args.command == "train" else evaluate)(args, device)
-    except (OSError, TypeError, ValueError, RuntimeError) as error:
-        print(f"nuclei.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as interrupt:
-        print(f"nuclei.py: interrupted: {interrupt}".rstrip(": "), file=sys.stderr)
-        return 130
-    return 0
+    """The command line."""
+    parser = cli.Parser(prog="nuclei.py", description=__doc__)
+    add = parser.add_argument
+    add("command", choices=["train", "evaluate"], help="what to do")
+    add("--dataset", required=True, metavar="DIR", help="the folder of the data")
+    text = "last: the newest run in --logs goes on; evaluate: or a file; default: the one shipped"
+    add("--model", metavar="last|FILE", help=text)
+    add("--epochs", type=cli.whole(1), default=14, metavar="N", help="to train; default: 14")
+    add("--steps", type=cli.whole(1), default=500, metavar="N", help="of an epoch; default: 500")
+    add("--seed", type=cli.whole(0), default=0, metavar="N", help="of all chance; default: 0")
+    add("--logs", default="logs", metavar="DIR", help="holds the checkpoints; default: logs")
+    text = "the trained weights; default: nuclei.pth"
+    add("--output", type=Path, default="nuclei.pth", metavar="FILE", help=text)
+    cli.add_device(parser)
+    parser.set_defaults(run=lambda args: (train if args.command == "train" else evaluate)(args))
+    return cli.run(parser, arguments)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Circles, squares and triangles: generated scenes, and a small network that learns to find them.
+"""Circles, squares and triangles: a small network that learns to find them in generated scenes.
 
-Light, material, size and disorder of the scenes vary so much that a photograph looks like one more
-of them: the weights that ship find the coins of scikit-image's photograph, which they never saw.
+Its weights, which ship with the library, find the coins of scikit-image's photograph, which they
+never saw: see scenes.py.
 
-python samples/shapes.py train                         # the weights that ship, on a CPU
+python samples/shapes.py train                         # the weights that ship: an hour on a CPU
 python samples/shapes.py train --epochs 1 --steps 50   # a quick look at how it goes
 python samples/shapes.py train --resume                # goes on with the newest run
 python samples/shapes.py evaluate                      # the weights that ship
@@ -11,28 +11,25 @@ python samples/shapes.py evaluate --model logs/shapes.../best.pth --limit 50
 """
 
 import argparse
-import datetime
-import functools
-import json
-import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import training
+import cli
 import utils
 import weights
 from config import Config
 from evaluation import evaluate_coco, evaluator
 from model import MaskRCNN
+from samples.card import write_card
+from samples.scenes import CLASS_NAMES, Scene, coins, scene
 
-CLASS_NAMES = ["BG", "circle", "square", "triangle"]
 WEIGHTS = Path(__file__).resolve().with_suffix(".pth")
 HELD_OUT = 1_000_000  # seed of the scenes that no training uses
 
@@ -96,232 +93,40 @@ class ShapesDataset(utils.Dataset):
         return masks, class_ids
 
 
-# --- Scenes --------------------------------------------------------------------------------------
-
-Random = np.random.Generator
-Outline = Callable[[np.ndarray, np.ndarray], np.ndarray]
-
-
-class Scene(NamedTuple):
-    """A picture and what is in it."""
-
-    image: np.ndarray  # [S, S, 3] uint8
-    masks: np.ndarray  # [S, S, N] bool, the visible parts
-    class_ids: np.ndarray  # [N] int32, see CLASS_NAMES
-
-
-@functools.lru_cache(maxsize=8)
-def scene(seed: int | tuple[int, ...], size: int = 256) -> Scene:
-    """Draws 1 to 30 objects of `size` x `size` pixels' space; the same seed, the same scene.
-
-    Colours are 0..1 and grey in most scenes; lengths are pixels, from the centre of an object.
-    """
-    rng = np.random.default_rng(seed)
-    channels = 3 if rng.random() < 0.4 else 1
-    canvas = draw_background(rng, size, channels)
-    angle = rng.uniform(0, 2 * np.pi)
-    light = np.array([np.sin(angle), np.cos(angle)], np.float32)
-    tone, variety = rng.uniform(0.35, 0.85), rng.uniform(0.02, 0.25)
-    relief, shadow = rng.uniform(0, 1.2) ** 2, rng.uniform(0, 0.6)
-    centers, radii = place(rng, size)
-    class_ids = rng.choice([1, 2, 3], len(radii), p=rng.dirichlet([2, 2, 2])).astype(np.int32)
-
-    top = np.full((size, size), -1, np.int8)
-    for i, (center, radius, class_id) in enumerate(zip(centers, radii, class_ids, strict=True)):
-        y1, x1 = np.maximum(center - 1.6 * radius - 3, 0).astype(int)
-        y2, x2 = np.minimum(center + 1.6 * radius + 3, size).astype(int)
-        patch = canvas[y1:y2, x1:x2]
-        y, x = np.mgrid[y1:y2, x1:x2].astype(np.float32)
-        distance = OUTLINES[class_id](rng, radius)(y + 0.5 - center[0], x + 0.5 - center[1])
-
-        # The shadow falls away from the light.
-        shift = tuple((-0.15 * radius * light).round().astype(int))
-        cast = sigmoid(-np.roll(distance, shift, (0, 1)) / (0.08 * radius))
-        patch *= 1 - shadow * cast[..., None]
-
-        around = patch.mean()
-        gap = rng.normal(tone, variety) - around
-        value = around + np.copysign(max(abs(gap), rng.uniform(0.05, 0.15)), gap)
-        slope = np.gradient(emboss(rng, distance, radius))
-        lit = 1 + relief * (slope[0] * light[0] + slope[1] * light[1])
-        surface = max(value, 0.03) * lit.clip(0.2, 1.9)
-        surface *= 1 + rng.uniform(0, 0.3) * noise(rng, distance.shape, 4)
-        alpha = (0.5 - distance).clip(0, 1)[..., None]
-        patch += alpha * (surface[..., None] * draw_tint(rng, channels) - patch)
-        top[y1:y2, x1:x2][distance < 0] = i
-
-    image = expose(rng, canvas)
-    masks = top[..., None] == np.arange(len(radii), dtype=np.int8)
-    visible = masks.sum(axis=(0, 1)) >= 30
-    return Scene(image, masks[..., visible], class_ids[visible])
+def train(args: argparse.Namespace) -> None:
+    """Trains all layers from random weights."""
+    config = ShapesConfig(SEED=args.seed, STEPS_PER_EPOCH=args.steps)
+    torch.manual_seed(args.seed)
+    model = MaskRCNN(config, args.logs).to(args.device)
+    if args.resume:
+        print(f"going on from {model.resume()}")
+    # No scene comes twice.
+    scenes = ShapesDataset(args.epochs * config.STEPS_PER_EPOCH * config.BATCH_SIZE, args.seed)
+    judge = evaluator(ShapesDataset(50, HELD_OUT))
+    with cli.resumable(model, "--resume"):
+        model.train_model(scenes, None, config.LEARNING_RATE, args.epochs, "all", evaluate=judge)
+    weights.save_weights(model, args.output)
+    result = evaluate_coco(model, ShapesDataset(200, HELD_OUT), min_confidence=0.0)
+    assert result is not None
+    found, false, overlap = find_coins(model)
+    data = f"generated scenes of seed {args.seed}; AP of {result.images} others"
+    facts = {"found": found, "of": 24, "false": false, "mask_IoU": round(overlap, 4)}
+    write_card(args, model, result, data=data, coins=facts)
+    print(f"finished: {args.output}, {facts}, segm AP {result.segm['AP']:.4f}")
 
 
-def place(rng: Random, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Centres [N, 2] and radii [N]: on a loose grid, as in collections, or anywhere."""
-    typical = np.exp(rng.uniform(np.log(9), np.log(32)))
-    variety, nearest = rng.uniform(0, 0.3), rng.choice([0.7, 1.0, 1.15])
-    if rng.random() < 0.4:
-        pitch = rng.uniform(2.4, 4) * typical
-        line = np.arange(pitch * rng.uniform(0.2, 0.8), size, pitch)
-        grid = np.stack(np.meshgrid(line, line), axis=2).reshape(-1, 2)
-        spots = rng.permutation(grid) + rng.normal(0, 0.1 * pitch, grid.shape)
-        count = min(30, len(spots))
-    else:
-        count = int(min(30, rng.uniform(0.2, 0.8) * (size / (2.6 * typical)) ** 2 + 1))
-        spots = rng.uniform(0, size, (5 * count, 2))
-    radii = typical * np.exp(rng.normal(0, variety, len(spots))).clip(0.6, 1.8)
-    chosen: list[int] = []
-    for i, spot in enumerate(spots):
-        gaps = np.hypot(*(spots[chosen] - spot).T) - nearest * (radii[chosen] + radii[i])
-        if len(chosen) < count and (gaps > 0).all():
-            chosen.append(i)
-    return spots[chosen], radii[chosen]
+def evaluate(args: argparse.Namespace) -> None:
+    """COCO's numbers for scenes, and a photograph that is none."""
+    model = MaskRCNN.from_weights(args.model).to(args.device)
+    found, false, overlap = find_coins(model)
+    print(f"coins: {found} of 24 found, {false} false, mean mask IoU {overlap:.3f}")
+    print(evaluate_coco(model, ShapesDataset(args.limit, HELD_OUT), min_confidence=0.0))
 
 
-def circle(rng: Random, radius: float) -> Outline:
-    """Distance to the edge of a disc, negative inside: dented, and one in three lost a piece."""
-    order = np.arange(2, 7)
-    dents = rng.normal(0, rng.uniform(0, 0.06), 5) / order
-    phases, turn = rng.uniform(0, 2 * np.pi, 5), rng.uniform(0, 2 * np.pi)
-    chord = rng.uniform(0.8, 1) if rng.random() < 0.3 else 2
-
-    def distance(y: np.ndarray, x: np.ndarray) -> np.ndarray:
-        angle = np.arctan2(y, x)
-        rim = 1 + sum(
-            d * np.cos(k * angle + p) for k, d, p in zip(order, dents, phases, strict=True)
-        )
-        cut = y * np.sin(turn) + x * np.cos(turn) - radius * chord
-        return np.maximum(np.hypot(y, x) - radius * rim, cut)
-
-    return distance
-
-
-def polygon(rng: Random, radius: float, sides: int, inner: float) -> Outline:
-    """The same of a polygon with rounded corners; its sides are `inner` radii from the centre."""
-    angles = np.arange(sides) * 2 * np.pi / sides + rng.normal(0, 0.05, sides)
-    angles += rng.uniform(0, 2 * np.pi)
-    offsets = inner * radius * rng.uniform(0.9, 1.1, sides)
-    roundness = radius * rng.uniform(0.02, 0.08)
-
-    def distance(y: np.ndarray, x: np.ndarray) -> np.ndarray:
-        edges = (
-            (y * np.sin(a) + x * np.cos(a) - c) / roundness
-            for a, c in zip(angles, offsets, strict=True)
-        )
-        return roundness * np.log(sum(np.exp(edge.clip(-60, 60)) for edge in edges))
-
-    return distance
-
-
-OUTLINES: dict[int, Callable[[Random, float], Outline]] = {
-    1: circle,
-    2: functools.partial(polygon, sides=4, inner=0.87),
-    3: functools.partial(polygon, sides=3, inner=0.72),
-}
-
-
-def emboss(rng: Random, distance: np.ndarray, radius: float) -> np.ndarray:
-    """Height of an object's surface in pixels: a rounded edge, a rim and a figure."""
-    depth = -distance / radius
-    height = rng.uniform(0, 3) * np.tanh(depth / rng.uniform(0.05, 0.4))
-    rim, width = rng.uniform(0.08, 0.35), rng.uniform(0.03, 0.08)
-    height += rng.uniform(-1, 1.5) * np.exp(-(((depth - rim) / width) ** 2))
-    cells = int(rng.integers(3, 7))
-    details = (1, 0.6, rng.uniform(0, 0.6))
-    figure = sum(d * noise(rng, depth.shape, cells * 2**i) for i, d in enumerate(details))
-    figure = np.tanh(rng.uniform(0.5, 6) * figure)
-    return height + rng.uniform(0, 2) * sigmoid((depth - rim) / width) * figure
-
-
-def draw_background(rng: Random, size: int, channels: int) -> np.ndarray:
-    """[size, size, channels]: uneven light, and in turn textures, scratches and dust."""
-    y, x = np.mgrid[:size, :size].astype(np.float32) / size - 0.5
-    angle = rng.uniform(0, 2 * np.pi)
-    plane = rng.uniform(0.03, 0.7) * (1 + rng.uniform(0, 0.8) * noise(rng, (size, size), 2))
-    plane += rng.uniform(0, 0.35) * (y * np.sin(angle) + x * np.cos(angle))
-    canvas = plane[..., None] * draw_tint(rng, channels)
-    if rng.random() < 0.6:
-        contrast = rng.uniform(0, 0.25) ** 1.5
-        for cells in (8, 16, 40):
-            texture = noise(rng, (size, size), cells)
-            if rng.random() < 0.3:  # patches with edges
-                texture = np.tanh(4 * texture)
-            canvas += contrast * texture[..., None] * draw_tint(rng, channels)
-    if rng.random() < 0.5:
-        for _ in range(rng.integers(1, 12)):
-            angle, shift_y, shift_x = rng.uniform(-0.5, 0.5, 3) * (2 * np.pi, 1, 1)
-            across = (y - shift_y) * np.sin(angle) + (x - shift_x) * np.cos(angle)
-            along = (y - shift_y) * np.cos(angle) - (x - shift_x) * np.sin(angle)
-            scratch = abs(across) < rng.exponential(0.006)
-            canvas[scratch & (abs(along) < rng.uniform(0.05, 0.6))] += rng.normal(0, 0.2)
-    if rng.random() < 0.5:
-        dust = rng.integers(0, size, (2, rng.integers(1, 60)))
-        canvas[dust[0], dust[1]] += rng.normal(0.2, 0.3)
-    return canvas.clip(0.01, 1.2)
-
-
-def expose(rng: Random, canvas: np.ndarray) -> np.ndarray:
-    """The photograph of a scene: vignette, frame, blur, gamma, grain and contrast."""
-    size = len(canvas)
-    y, x = np.mgrid[:size, :size].astype(np.float32) / size * 2 - 1
-    light = 1 + rng.uniform(0, 0.35) * noise(rng, (size, size), 2)
-    canvas *= (light * (1 - rng.uniform(0, 0.3) * (y**2 + x**2)))[..., None]
-    if rng.random() < 0.2:
-        canvas[(abs(y) ** 12 + abs(x) ** 12) * rng.uniform(0.5, 2) > 1] = rng.uniform(0, 0.15)
-    if rng.random() < 0.5:
-        blur = rng.uniform(0, 0.33)
-        for axis in (0, 1):
-            beside = np.roll(canvas, 1, axis) + np.roll(canvas, -1, axis)
-            canvas = (1 - 2 * blur) * canvas + blur * beside
-    canvas = canvas.clip(0, 1.2) ** rng.uniform(0.7, 1.4)
-    canvas += rng.uniform(0, 0.2) ** 2 * rng.standard_normal(canvas.shape, np.float32)
-    low, high = rng.uniform(0, 0.1), rng.uniform(0.7, 1.1)
-    image = ((low + (high - low) * canvas).clip(0, 1) * 255).astype(np.uint8)
-    return utils.as_uint8_image(image)
-
-
-def draw_tint(rng: Random, channels: int) -> np.ndarray:
-    return (
-        rng.uniform(0.5, 1.4, channels).astype(np.float32)
-        if channels > 1
-        else np.ones(1, np.float32)
-    )
-
-
-def noise(rng: Random, shape: tuple[int, ...], cells: int) -> np.ndarray:
-    """Smooth values [H, W] float32 around 0 with about `cells` bumps along each side."""
-    grid = rng.standard_normal((cells + 2, cells + 2), np.float32)
-    height, width = (spread(length, cells) for length in shape)
-    return height @ grid @ width.T
-
-
-@functools.lru_cache(maxsize=1024)
-def spread(length: int, cells: int) -> np.ndarray:
-    """[length, cells + 2] float32: Gaussian weights of grid points for the pixels of a side."""
-    position = (np.arange(length, dtype=np.float32) + 0.5) / length * cells + 0.5
-    weights = np.exp(-2 * (position[:, None] - np.arange(cells + 2, dtype=np.float32)) ** 2)
-    return weights / np.sqrt((weights**2).sum(axis=1, keepdims=True))
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    return 0.5 + 0.5 * np.tanh(0.5 * x)
-
-
-# --- A photograph --------------------------------------------------------------------------------
-
-
-def coins() -> Scene:
-    """scikit-image's photograph of 24 coins [303, 384] and their masks, by a watershed."""
-    from scipy import ndimage
-    from skimage import data, filters, measure, segmentation
-
-    grey = data.coins()
-    markers = np.where(grey < 30, 1, np.where(grey > 150, 2, 0))
-    coin = ndimage.binary_fill_holes(segmentation.watershed(filters.sobel(grey), markers) == 2)
-    labels = measure.label(coin)
-    large = [region.label for region in measure.regionprops(labels) if region.area > 400]
-    masks = np.stack([labels == label for label in large], axis=2)
-    return Scene(utils.as_uint8_image(grey), masks, np.ones(len(large), np.int32))
+def find_coins(model: MaskRCNN) -> tuple[int, int, float]:
+    """See compare."""
+    photograph = coins()
+    return compare(model.detect([photograph.image])[0], photograph)
 
 
 def compare(result: dict[str, Any], truth: Scene) -> tuple[int, int, float]:
@@ -338,82 +143,29 @@ def compare(result: dict[str, Any], truth: Scene) -> tuple[int, int, float]:
     return int(hit.sum()), int((~hit).sum()), float(overlap)
 
 
-# --- Command line --------------------------------------------------------------------------------
-
-
-def train(args: argparse.Namespace) -> None:
-    config = ShapesConfig(SEED=args.seed, STEPS_PER_EPOCH=args.steps)
-    torch.manual_seed(args.seed)
-    model = MaskRCNN(config, args.logs)
-    if args.resume:
-        print(f"going on from {model.resume()}")
-    # No scene comes twice.
-    scenes = ShapesDataset(args.epochs * config.STEPS_PER_EPOCH * config.BATCH_SIZE, args.seed)
-    judge = evaluator(ShapesDataset(50, HELD_OUT))
-    model.train_model(scenes, None, config.LEARNING_RATE, args.epochs, "all", evaluate=judge)
-    weights.save_weights(model, args.output)
-    card = describe(model, args)
-    args.output.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n")
-    print(f"finished: {args.output}, {card['coins']}, segm AP {card['segm_AP']}")
-
-
-def describe(model: MaskRCNN, args: argparse.Namespace) -> dict[str, Any]:
-    """What to know of trained weights: how they were made, and how good they are."""
-    history = training.read_history(model.log_dir) if model.log_dir else []
-    photograph, count = coins(), 200
-    found, false, overlap = compare(model.detect([photograph.image])[0], photograph)
-    result = evaluate_coco(model, ShapesDataset(count, HELD_OUT), min_confidence=0.0)
-    assert result is not None
-    return {
-        "class_names": CLASS_NAMES,
-        "config": weights.plain(model.config.to_dict()),
-        "command": f"python samples/shapes.py train --epochs {args.epochs} --steps {args.steps}"
-        f" --seed {args.seed}",
-        "data": f"generated scenes of seed {args.seed}; AP of {count} others",
-        "seed": args.seed,
-        **{name: round(value, 4) for name, value in result.metrics.items()},
-        "coins": {"found": found, "of": 24, "false": false, "mask_IoU": round(overlap, 4)},
-        "version": weights.VERSION,
-        "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
-        "minutes": round(sum(record["seconds"] for record in history) / 60, 1),
-    }
-
-
-def evaluate(args: argparse.Namespace) -> None:
-    model = MaskRCNN.from_weights(args.model)
-    photograph = coins()
-    found, false, overlap = compare(model.detect([photograph.image])[0], photograph)
-    print(f"coins: {found} of 24 found, {false} false, mean mask IoU {overlap:.3f}")
-    print(evaluate_coco(model, ShapesDataset(args.limit, HELD_OUT), min_confidence=0.0))
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = cli.Parser(prog="shapes.py", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="train|evaluate")
     command = commands.add_parser("train", help="train from random weights")
-    command.add_argument("--epochs", type=int, default=16, help="default: 16")
-    command.add_argument("--steps", type=int, default=100, help="per epoch; default: 100")
-    command.add_argument("--seed", type=int, default=0, help="default: 0")
-    command.add_argument("--logs", default="logs", metavar="DIR", help="default: logs")
-    command.add_argument("--output", type=Path, default="shapes.pth", help="default: shapes.pth")
-    command.add_argument("--resume", action="store_true", help="go on with the newest run in DIR")
+    add = command.add_argument
+    add("--epochs", type=cli.whole(1), default=16, metavar="N", help="to train; default: 16")
+    add("--steps", type=cli.whole(1), default=100, metavar="N", help="of an epoch; default: 100")
+    add("--seed", type=cli.whole(0), default=0, metavar="N", help="of all chance; default: 0")
+    add("--logs", default="logs", metavar="DIR", help="holds the checkpoints; default: logs")
+    text = "the trained weights; default: shapes.pth"
+    add("--output", type=Path, default="shapes.pth", metavar="FILE", help=text)
+    add("--resume", action="store_true", help="go on with the newest run in --logs")
+    cli.add_device(command)
     command.set_defaults(run=train)
     command = commands.add_parser("evaluate", help="COCO's AP of held-out scenes, and the coins")
-    command.add_argument("--model", default=WEIGHTS, metavar="PATH", help="default: the shipped")
-    command.add_argument("--limit", type=int, default=200, help="scenes; default: 200")
+    add = command.add_argument
+    add("--model", default=WEIGHTS, metavar="FILE", help="default: the weights that ship")
+    add("--limit", type=cli.whole(1), default=200, metavar="N", help="scenes; default: 200")
+    cli.add_device(command)
     command.set_defaults(run=evaluate)
-    args = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        args.run(args)
-    except KeyboardInterrupt as interrupt:
-        sys.exit(f"{interrupt}; go on with --resume")
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+    return cli.run(parser, arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -134,18 +134,31 @@ def test_images_of_one_name_do_not_overwrite_each_other(model_path, photos, tmp_
     ("arguments", "message"),
     [
         (["nowhere.jpg"], "no image or folder nowhere.jpg"),
-        (["--min-confidence", "70"], "--min-confidence must be in 0..1, got 70"),
+        (["--min-confidence", "70"], "--min-confidence: must be a number from 0 to 1, got '70'"),
         (["--model", "nowhere.pth"], "no weight file nowhere.pth"),
         (["--device", "toaster"], "toaster"),
     ],
 )
 def test_bad_arguments_get_one_line_and_status_2(model_path, tmp_path, capsys, arguments, message):
     common = ["--model", str(model_path), "--output", str(tmp_path / "out")]
-    assert demo.main([*common, *arguments]) == 2
+    try:
+        status = demo.main([*common, *arguments])
+    except SystemExit as ended:  # how argparse leaves
+        status = ended.code
+    assert status == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.startswith("demo.py: ")
     assert error.count("\n") == 1
+
+
+def test_a_mistake_in_the_program_is_no_skipped_image(model_path, photos, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("mistake")
+
+    monkeypatch.setattr(MaskRCNN, "detect", fail)
+    with pytest.raises(RuntimeError, match="mistake"):
+        run(model_path, tmp_path, photos)
 
 
 def test_an_empty_folder_is_refused(model_path, tmp_path, capsys):

@@ -297,10 +297,10 @@ def _process(rank, port, folder):
     os.environ.update(
         {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     )
-    import training
+    import distributed
 
     dataset = Squares(*SCENES, [(1, 1, 1, 5)])
-    with training.distributed("cpu"):
+    with distributed.join("cpu"):
         model = Oracle(dataset, lambda i: noisy_result(dataset, i), batch=1)
         result = evaluation.evaluate_coco(model, dataset, verbose=0)
         only_first = evaluation.evaluate_coco(model, dataset, limit=1, verbose=0)

@@ -90,7 +90,7 @@ def test_boxes_are_those_that_training_sees(options):
         assert shape == image.shape[1:]
         if len(boxes) == len(item["boxes"]):  # no object was lost by resizing
             np.testing.assert_allclose(boxes, item["boxes"], atol=2.5)
-    assert sum(len(items[i]["boxes"]) for i in range(8)) > 20
+    assert sum(len(items[i][1]["boxes"]) for i in range(8)) > 20
 
 
 def test_anchors_are_those_of_the_model():

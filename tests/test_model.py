@@ -119,7 +119,9 @@ def test_roi_align_of_the_reference():
 
 def test_proposals_of_the_reference():
     golden = load_golden("training_side.npz")
-    anchors = torch.from_numpy(golden["anchors/256/boxes_norm"])
+    scales, shapes = (8, 16, 32, 64, 128), golden["anchors/256/backbone_shapes"]
+    pixels = utils.generate_pyramid_anchors(scales, (0.5, 1, 2), shapes, (4, 8, 16, 32, 64), 1)
+    anchors = torch.from_numpy(utils.norm_boxes(pixels, (256, 256)))
     out = golden["proposal_layer/out300"]
     count = len(anchors)
     foreground = uniform("prop/s", (2, count)).astype(np.float32)
@@ -514,13 +516,15 @@ def checkpoint(tmp_path):
 
 def test_a_class_of_configuration_is_filled_with_what_the_file_tells(checkpoint):
     saved, path = checkpoint
-    model = MaskRCNN.from_weights(path, TwoClasses, model_dir="elsewhere", PRE_NMS_LIMIT=50)
+    options = {"NUM_CLASSES": 4, "PRE_NMS_LIMIT": 50}
+    model = MaskRCNN.from_weights(path, TwoClasses, model_dir="elsewhere", **options)
     assert type(model.config) is TwoClasses
     assert not model.training
     assert model.model_dir.name == "elsewhere"
-    # Of the file, among them what follows from the network; then what is asked for.
+    # Of the file; of the class, which wins; and what is asked for, which wins over both.
     assert (model.config.NUM_CLASSES, model.config.POOL_SIZE) == (4, 5)
-    assert (model.config.NAME, model.config.PRE_NMS_LIMIT) == ("tiny", 50)
+    assert (model.config.NAME, model.config.DETECTION_MAX_INSTANCES) == ("two", 7)
+    assert model.config.PRE_NMS_LIMIT == 50
     for name, tensor in saved.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
 
@@ -528,11 +532,11 @@ def test_a_class_of_configuration_is_filled_with_what_the_file_tells(checkpoint)
 def test_other_classes_start_anew(checkpoint):
     saved, path = checkpoint
     head = ["classifier.linear_class", "mrcnn_bbox_fc", "mask.conv5"]
-    model = MaskRCNN.from_weights(path, TwoClasses, head, NUM_CLASSES=2)
+    model = MaskRCNN.from_weights(path, TwoClasses, head)
     assert model.classifier.linear_class.out_features == 2
     assert torch.equal(model.rpn.conv_shared.weight, saved.rpn.conv_shared.weight)
     with pytest.raises(ValueError, match="another shape"):
-        MaskRCNN.from_weights(path, TwoClasses, NUM_CLASSES=2)
+        MaskRCNN.from_weights(path, TwoClasses)
 
 
 def test_a_configuration_is_taken_as_it_is(checkpoint):

@@ -1,5 +1,6 @@
 """samples/nuclei.py: its augmentation, its command line, and the weights that ship."""
 
+import argparse
 import json
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from conftest import SHARED, needs_shared
 from PIL import Image
 
-import coco
+import evaluation
 import model as modellib
 import utils
 import weights
@@ -110,8 +111,16 @@ def test_training_leaves_weights_for_whole_images(tmp_path, monkeypatch, capsys)
     assert trained["fpn.C1.1.running_mean"].abs().max() > 0  # TRAIN_BN
 
     capsys.readouterr()
-    assert nuclei.main(["evaluate", *common, "--model", str(output)]) == 0
-    assert "2 images, 32 objects" in capsys.readouterr().out
+    numbers = []
+    for name in (str(output), "last"):
+        run = ["evaluate", *common, "--model", name, "--logs", str(tmp_path / "logs")]
+        assert nuclei.main(run) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith("2 images, 32 objects")
+        numbers.append(lines[1:])
+    assert numbers[0] == numbers[1]
+    assert nuclei.main(["train", *common, "--model", str(output)]) == 2
+    assert "must be last or left out" in capsys.readouterr().err
 
 
 def test_a_missing_data_set_is_one_line(tmp_path, capsys):
@@ -146,8 +155,8 @@ def test_the_shipped_weights_find_bright_discs(shipped, size, count, radius):
 
 @needs_shared
 def test_the_shipped_weights_on_validation_images(shipped):
-    data = nuclei.load(NUCLEI, "val")
+    data = nuclei.load(argparse.Namespace(dataset=NUCLEI), "val")
     ids = np.linspace(0, data.num_images - 1, 10).astype(int)
-    result = coco.evaluate_coco(shipped, data, image_ids=ids, min_confidence=0.0, verbose=0)
+    result = evaluation.evaluate_coco(shipped, data, image_ids=ids, min_confidence=0.0, verbose=0)
     assert result.segm["AP"] > 0.5
     assert result.segm["AP50"] > 0.8

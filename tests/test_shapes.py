@@ -1,4 +1,4 @@
-"""The generated scenes of samples/shapes.py, and the weights that ship with it on a photograph."""
+"""The generated scenes of the sample shapes, and the weights that ship with it on a photograph."""
 
 import json
 
@@ -11,13 +11,13 @@ import utils
 import weights
 from dataset import TorchDataset
 from model import MaskRCNN
-from samples import shapes
+from samples import scenes, shapes
 
 SEEDS = range(40, 52)
 
 
 def fresh(seed):
-    return shapes.scene.__wrapped__(seed)
+    return scenes.scene.__wrapped__(seed)
 
 
 def filled_share(mask):
@@ -88,12 +88,12 @@ def test_dataset_draws_the_scenes_of_its_seed():
     np.testing.assert_array_equal(masks, expected_masks)
     np.testing.assert_array_equal(class_ids, expected_ids)
     assert dataset.class_names == ["BG", "circle", "square", "triangle"]
-    item = TorchDataset(dataset, shapes.ShapesConfig())[2]
+    _, item = TorchDataset(dataset, shapes.ShapesConfig())[2]
     np.testing.assert_array_equal(item["boxes"].numpy(), utils.extract_bboxes(expected_masks))
 
 
 def test_truth_of_the_coins_is_24_discs():
-    _, masks, _ = shapes.coins()
+    _, masks, _ = scenes.coins()
     grey = data.coins()
     assert masks.shape == (303, 384, 24)
     assert masks.sum(axis=2).max() == 1
@@ -108,7 +108,7 @@ def test_truth_of_the_coins_is_24_discs():
 def test_compare_counts_by_hand():
     masks = np.zeros((20, 20, 3), bool)
     masks[:8, :10, 0], masks[10:, :10, 1], masks[10:, 10:, 2] = True, True, True
-    truth = shapes.Scene(np.zeros((20, 20, 3), np.uint8), masks, np.array([1, 1, 1]))
+    truth = scenes.Scene(np.zeros((20, 20, 3), np.uint8), masks, np.array([1, 1, 1]))
     found = np.zeros((20, 20, 3), bool)
     found[:10, :10, 0], found[10:, :10, 1], found[:9, 11:, 2] = True, True, True
     result = {
@@ -125,25 +125,25 @@ def test_training_leaves_weights_and_a_card(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shapes, "ShapesDataset", lambda count, seed: few(min(count, 2), seed))
     monkeypatch.setattr(shapes.ShapesConfig, "NUM_WORKERS", 0)
     output = tmp_path / "new.pth"
-    options = [f"--logs={tmp_path}", f"--output={output}", "--seed=3"]
-    shapes.main(["train", "--epochs=1", "--steps=1", *options])
+    options = [f"--logs={tmp_path}", f"--output={output}", "--seed=3", "--device=cpu"]
+    assert shapes.main(["train", "--epochs=1", "--steps=1", *options]) == 0
     card = json.loads(output.with_suffix(".json").read_text())
     assert card["command"] == "python samples/shapes.py train --epochs 1 --steps 1 --seed 3"
     assert (card["seed"], card["coins"]["of"], card["config"]["SEED"]) == (3, 24, 3)
     assert card["config"]["CLASS_NAMES"] == shapes.CLASS_NAMES
     first = weights.read_state_dict(output).state_dict
     # The run is over, so to resume it changes nothing.
-    shapes.main(["train", "--epochs=1", "--steps=1", "--resume", *options])
+    assert shapes.main(["train", "--epochs=1", "--steps=1", "--resume", *options]) == 0
     for key, tensor in weights.read_state_dict(output).state_dict.items():
         assert tensor.equal(first[key])
     capsys.readouterr()
-    shapes.main(["evaluate", f"--model={output}", "--limit=2"])
+    assert shapes.main(["evaluate", f"--model={output}", "--limit=2", "--device=cpu"]) == 0
     assert "of 24 found" in capsys.readouterr().out
 
 
 def test_shipped_weights_find_the_coins_of_a_photograph():
     model = MaskRCNN.from_weights(shapes.WEIGHTS)
-    found, false, overlap = shapes.compare(model.detect([data.coins()])[0], shapes.coins())
+    found, false, overlap = shapes.compare(model.detect([data.coins()])[0], scenes.coins())
     assert found >= 22
     assert false <= 2
     assert overlap >= 0.8
@@ -153,7 +153,7 @@ def test_shipped_weights_tell_the_classes_apart():
     model = MaskRCNN.from_weights(shapes.WEIGHTS)
     objects = found = false = 0
     for i in range(10):
-        truth = shapes.scene((shapes.HELD_OUT, i))
+        truth = scenes.scene((shapes.HELD_OUT, i))
         hits, misses, _ = shapes.compare(model.detect([truth.image])[0], truth)
         objects, found, false = objects + len(truth.class_ids), found + hits, false + misses
     assert found >= 0.8 * objects

@@ -24,9 +24,6 @@ import image_files
 import utils
 
 GOLDEN = "training_side.npz"
-CUDA = pytest.param(
-    "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-)
 
 
 @pytest.fixture
@@ -172,18 +169,6 @@ def test_facade_keeps_the_kind():
     assert isinstance(mixed, torch.Tensor)
     assert mixed.item() == pytest.approx(4 / 6)
     assert utils.norm_boxes.__doc__
-
-
-@pytest.mark.parametrize("device", [CUDA])
-def test_device_matches_cpu(device):
-    rng = np.random.default_rng(3)
-    boxes = torch.from_numpy(random_boxes(rng, 50)).float()
-    overlaps = utils.compute_overlaps(boxes.to(device), boxes.numpy())
-    assert overlaps.device.type == device
-    torch.testing.assert_close(overlaps.cpu(), utils.compute_overlaps(boxes, boxes))
-    mask = torch.from_numpy(rng.random((28, 28))).float()
-    pasted = utils.paste_mask(mask.to(device), 90, 57)
-    assert (pasted.cpu() == utils.paste_mask(mask, 90, 57)).all()
 
 
 # --- Anchors -------------------------------------------------------------------------------------

@@ -14,11 +14,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import h5py
+import keras_weights
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SHARED
+from conftest import ROOT, SHARED, needs_shared
 from torch import nn
 
 import weights
@@ -301,52 +302,57 @@ def test_keys_and_shapes_are_those_of_the_original_port():
     assert {key: tuple(t.shape) for key, t in model.state_dict().items()} == frozen_keys()
 
 
-@pytest.fixture(scope="module")
-def formula_weights():
-    script = SHARED / "golden" / "make_weights.py"
-    if not script.is_file():
-        pytest.skip("the reference script ../shared/golden/make_weights.py is not there")
-    spec = importlib.util.spec_from_file_location("make_weights", script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_layout_of_mask_rcnn_coco_h5_gives_all_keys(tmp_path, formula_weights):
-    path = tmp_path / "mask_rcnn_coco.h5"
-    with h5py.File(path, "w") as file:  # never written arrays read as zeros and take no space
-        for group, items in formula_weights.weight_table("coco").items():
-            for name, _, _, shape in items:
-                file.create_dataset(f"{group}/{name}", shape, np.float32)
-            file[group].attrs["weight_names"] = [item[0].encode() for item in items]
-    read = weights.read_state_dict(path)
+def test_layout_of_mask_rcnn_coco_h5_gives_all_keys(tmp_path):
+    keras_weights.write_h5("coco", tmp_path / "mask_rcnn_coco.h5", empty=True)
+    read = weights.read_state_dict(tmp_path / "mask_rcnn_coco.h5")
     assert {key: tuple(t.shape) for key, t in read.state_dict.items()} == frozen_keys()
 
 
-def test_formula_weights_arrive_at_their_places(tmp_path, formula_weights, monkeypatch):
-    layers = ["res4f_branch2b", "mrcnn_bbox_fc", "mrcnn_mask_deconv", "bn5c_branch2c", "rpn_model"]
-    table = formula_weights.weight_table("small")
-    table = {layer: table[layer] for layer in [*layers, "mrcnn_mask_bn4"]}
-    monkeypatch.setattr(formula_weights, "weight_table", lambda config: table)
-    formula_weights.write_h5("small", tmp_path / "small.h5")
+def test_formula_weights_arrive_at_their_places(tmp_path):
+    layers = ["res4f_branch2b", "mrcnn_bbox_fc", "mrcnn_mask_deconv", "bn5c_branch2c"]
+    layers += ["rpn_conv_shared", "rpn_class_raw", "rpn_bbox_pred", "mrcnn_mask_bn4"]
+    keras_weights.write_h5("small", tmp_path / "small.h5", only=layers.__contains__)
     state = weights.read_state_dict(tmp_path / "small.h5").state_dict
     assert len(state) == 2 + 2 + 2 + 4 + 6 + 4
+    shapes = dict(keras_weights.layers("small"))
 
-    def value(layer, name, shape):
-        return torch.from_numpy(formula_weights.weight("small", layer, name, shape))
+    def value(layer, name):
+        array = keras_weights.arrays("small", layer, shapes[layer])[name]
+        return torch.from_numpy(array.astype(np.float32))
 
-    conv = value("res4f_branch2b", "kernel", (3, 3, 256, 256))
+    conv = value("res4f_branch2b", "kernel")  # [3, 3, 256, 256]
     assert torch.equal(state["fpn.C4.5.conv2.weight"][7, 11], conv[:, :, 11, 7])
-    dense = value("mrcnn_bbox_fc", "kernel", (1024, 16))
+    dense = value("mrcnn_bbox_fc", "kernel")  # [1024, 16]
     assert torch.equal(state["classifier.linear_bbox.weight"][5], dense[:, 5])
-    deconv = value("mrcnn_mask_deconv", "kernel", (2, 2, 256, 256))
+    deconv = value("mrcnn_mask_deconv", "kernel")  # [2, 2, 256, 256]
     assert torch.equal(state["mask.deconv.weight"][3, 200], deconv[:, :, 200, 3])
-    variance = value("bn5c_branch2c", "moving_variance", (2048,))
+    variance = value("bn5c_branch2c", "moving_variance")
     assert torch.equal(state["fpn.C5.2.bn3.running_var"], variance)
-    mean = value("mrcnn_mask_bn4", "moving_mean", (256,))
+    mean = value("mrcnn_mask_bn4", "moving_mean")
     assert torch.equal(state["mask.bn4.running_mean"], mean)
-    bias = value("rpn_bbox_pred", "bias", (12,))
+    bias = value("rpn_bbox_pred", "bias")
     assert torch.equal(state["rpn.conv_bbox.bias"], bias)
+
+
+@needs_shared("golden/make_weights.py")
+@pytest.mark.parametrize("name", ["coco", "small"])
+def test_formula_weights_are_those_of_the_reference(name):
+    script = SHARED / "golden" / "make_weights.py"
+    spec = importlib.util.spec_from_file_location("make_weights", script)
+    make_weights = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_weights)
+    expected = {
+        key: shape for group in make_weights.weight_table(name).values() for key, *_, shape in group
+    }
+    assert expected == {
+        f"{layer}/{weight}:0": tuple(size)
+        for layer, shape in keras_weights.layers(name)
+        for weight, size in keras_weights.shapes(layer, shape).items()
+    }
+    for layer, shape in list(keras_weights.layers(name))[-12:]:  # of every kind
+        for weight, array in keras_weights.arrays(name, layer, shape).items():
+            theirs = make_weights.weight(name, layer, weight, array.shape)
+            np.testing.assert_array_equal(array.astype(np.float32), theirs)
 
 
 # Torch files
@@ -648,12 +654,9 @@ def test_backbone_of_another_depth_is_refused(tmp_path, file_blocks, model_block
     assert report.missing == report.unexpected == []
 
 
-def test_resnet50_file_in_a_resnet101_names_both(tmp_path, formula_weights):
+def test_resnet50_file_in_a_resnet101_names_both(tmp_path):
     path = tmp_path / "resnet50.h5"
-    with h5py.File(path, "w") as file:
-        for group, items in formula_weights.weight_table("small").items():
-            for name, _, _, shape in items if "res" in group or "conv1" in group else ():
-                file.create_dataset(f"{group}/{name}", shape, np.float32)
+    keras_weights.write_h5("small", path, lambda x: "res" in x or "conv1" in x, empty=True)
     with torch.device("meta"):
         model = MaskRCNN(Config())
     with pytest.raises(ValueError, match=r"3-4-6-3 blocks \(resnet50\).*3-4-23-3 .*resnet101"):

@@ -1,0 +1,180 @@
+"""The frame around every command: its arguments, its messages and its exit status.
+
+def count(args):
+    ...
+
+def main(arguments=None):
+    parser = cli.Parser(prog="cells.py", description="Counts cells.")
+    parser.add_argument("images", nargs="+", help="photographs")
+    cli.add_device(parser)
+    parser.set_defaults(run=count)
+    return cli.run(parser, arguments)
+
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+
+import argparse
+import contextlib
+import logging
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
+
+import torch
+
+import distributed
+
+# What goes wrong without a fault in the program: files, values, training and memory.
+EXPECTED = (OSError, ValueError, FloatingPointError, torch.OutOfMemoryError)
+
+
+class Parser(argparse.ArgumentParser):
+    """Shows longer texts as they are written, and answers wrong arguments with one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        program = self.prog.split()[0]  # that of a subcommand is "coco.py train"
+        self.exit(2, f"{program}: {message}; see {self.prog} --help\n")
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None = None,
+    check: Callable[[argparse.Namespace], None] | None = None,
+) -> int:
+    """Runs a command.
+
+    Under torchrun a command with an option --device joins the other processes, of which the main
+    one alone logs.
+
+    Args:
+        parser: gives `run`, the function to call with the arguments; see its set_defaults.
+        arguments: None for those of the command line.
+        check: raises ValueError for arguments that do not go together.
+
+    Returns:
+        The exit status: what the function returns, or 0 for None; 2 after an error that its user
+        can mend, of which one line is printed; 130 after Ctrl-C. Other errors are the program's
+        own and are raised.
+    """
+    args = parser.parse_args(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    try:
+        if check is not None:
+            check(args)
+        with _joined(args):
+            return args.run(args) or 0
+    except KeyboardInterrupt as interrupt:
+        print(f"{parser.prog}: interrupted: {interrupt}".rstrip(": "), file=sys.stderr)
+        return 130
+    except EXPECTED as error:
+        print(f"{parser.prog}: {one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message.
+
+    An error of a worker process carries its traceback in the message: of it the last line.
+    """
+    text = str(error)
+    if text.startswith("Caught "):
+        # The lines of a traceback are indented; those of the errors are "ValueError: ...".
+        text = next(reversed(re.findall(r"^[\w.]+: (.*)", text, re.MULTILINE)), text)
+    return next(iter(text.splitlines()), "") or type(error).__name__
+
+
+@contextlib.contextmanager
+def resumable(model: Any, option: str) -> Iterator[None]:
+    """Around training: after Ctrl-C the last message tells what is saved, and how to go on.
+
+    Args:
+        model: a MaskRCNN.
+        option: of the command, which lets it go on.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        saved = str(interrupt) or (model.log_dir and f"the last checkpoint is in {model.log_dir}")
+        message = f"{saved}; go on with {option}" if saved else "before the first step"
+        raise KeyboardInterrupt(message) from None
+
+
+@contextlib.contextmanager
+def _joined(args: argparse.Namespace) -> Iterator[None]:
+    """Makes the torch.device of this process of args.device, where there is such an option."""
+    if not hasattr(args, "device"):
+        yield
+        return
+    with distributed.join(args.device) as args.device:
+        if not distributed.is_main():
+            logging.disable(logging.WARNING)
+        yield
+
+
+# --- Options -------------------------------------------------------------------------------------
+
+
+def add_device(parser: argparse._ActionsContainer) -> None:
+    """Adds --device; in the function that run() calls, args.device is a torch.device."""
+    text = "cpu, cuda, cuda:1, ...; default: cuda where there is one"
+    parser.add_argument("--device", type=device_name, help=text)
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """The type of options that are whole numbers from `least`."""
+
+    def parse(text: str) -> int:
+        value = int(text) if text.isdecimal() else -1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {least}, got {text!r}")
+        return value
+
+    return parse
+
+
+def positive(text: str) -> float:
+    """The type of options that are numbers above 0."""
+    value = _number(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    return value
+
+
+def share(text: str) -> float:
+    """The type of options that are numbers from 0 to 1."""
+    value = _number(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, got {text!r}")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def boolean(text: str) -> bool:
+    """The type of options that are true or false."""
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
+    return words[text.lower()]
+
+
+def device_name(text: str) -> str:
+    """The type of options that name a device of torch which is there."""
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"must be cpu, cuda, cuda:1, ..., got {text!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"there is no CUDA device here for {text!r}")
+    return text

@@ -1,0 +1,425 @@
+"""The readers of VIA and labelme against masks drawn by other means."""
+
+import base64
+import io
+import json
+
+import numpy as np
+import pytest
+import skimage.draw
+from conftest import SHARED, needs_shared
+from PIL import Image, ImageDraw
+from pycocotools import mask as coco_mask
+
+import annotations
+
+HEIGHT, WIDTH = 60, 90
+STAR = [(10, 5), (40, 12), (70, 5), (50, 30), (72, 55), (38, 44), (8, 52), (25, 28)]
+POLYGON = {
+    "name": "polygon",
+    "all_points_x": [x for x, _ in STAR],
+    "all_points_y": [y for _, y in STAR],
+}
+RECT = {"name": "rect", "x": 12, "y": 7, "width": 20, "height": 31}
+CIRCLE = {"name": "circle", "cx": 44, "cy": 30, "r": 17.5}
+ELLIPSE = {"name": "ellipse", "cx": 45, "cy": 30, "rx": 30, "ry": 11, "theta": 0.4}
+POINT = {"name": "point", "cx": 10, "cy": 11}
+POLYLINE = {"name": "polyline", "all_points_x": [1, 50, 60], "all_points_y": [1, 20, 50]}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two photographs; that of b.jpg lies on its side, as a phone stores it."""
+    Image.new("RGB", (WIDTH, HEIGHT), "gray").save(tmp_path / "a.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (HEIGHT, WIDTH), "gray").save(tmp_path / "b.jpg", exif=exif)
+    return tmp_path
+
+
+def region(shape, **attributes):
+    return {"shape_attributes": shape, "region_attributes": attributes}
+
+
+def via(name, regions):
+    """An entry as VIA writes it, version 1 with the regions in a dict."""
+    entry = {"filename": name, "size": 1234, "regions": regions, "file_attributes": {}}
+    return entry if isinstance(regions, list) else {"fileref": "", "base64_img_data": "", **entry}
+
+
+def save(folder, content, name="regions.json"):
+    path = folder / name
+    path.write_text(json.dumps(content))
+    return path
+
+
+def read_via(folder, *entries, **options):
+    data = annotations.ViaDataset()
+    path = save(folder, {f"{entry['filename']}1234": entry for entry in entries})
+    data.load_annotations(folder, path, **options)
+    data.prepare()
+    return data
+
+
+def subpixel(inside, height=HEIGHT, width=WIDTH, n=8):
+    """The share of each pixel that lies in a shape: inside(y, x) of n x n points in it."""
+    y, x = np.mgrid[: height * n, : width * n]
+    values = inside((y + 0.5) / n, (x + 0.5) / n).astype(float)
+    return values.reshape(height, n, width, n).mean(axis=(1, 3))
+
+
+def assert_draws(mask, share):
+    """All pixels inside of the shape, none outside, and of those on its border about half."""
+    assert mask[share == 1].all()
+    assert not mask[share == 0].any()
+    assert abs(mask.sum() - share.sum()) < 0.1 * ((share > 0) & (share < 1)).sum() + 1
+
+
+def polygon_share(points, height=HEIGHT, width=WIDTH, n=8):
+    big = Image.new("1", (width * n, height * n))
+    ImageDraw.Draw(big).polygon([(x * n, y * n) for x, y in points], fill=1)
+    return np.asarray(big).reshape(height, n, width, n).mean(axis=(1, 3))
+
+
+# --- VIA -----------------------------------------------------------------------------------------
+
+
+def test_shapes_of_via_cover_their_pixels(folder):
+    regions = [region(shape) for shape in (POLYGON, RECT, CIRCLE, ELLIPSE)]
+    masks, class_ids = read_via(folder, via("a.png", regions)).load_mask(0)
+    assert (masks.shape, masks.dtype) == ((HEIGHT, WIDTH, 4), bool)
+    np.testing.assert_array_equal(class_ids, [1, 1, 1, 1])
+    assert_draws(masks[:, :, 0], polygon_share(STAR))
+    expected = np.zeros((HEIGHT, WIDTH), bool)
+    expected[7:38, 12:32] = True
+    np.testing.assert_array_equal(masks[:, :, 1], expected)
+    assert_draws(masks[:, :, 2], subpixel(lambda y, x: (y - 30) ** 2 + (x - 44) ** 2 <= 17.5**2))
+    # skimage turns the other way about, between pixel centres.
+    rows, columns = skimage.draw.ellipse(29.5, 44.5, 11, 30, (HEIGHT, WIDTH), rotation=-0.4)
+    expected = np.zeros((HEIGHT, WIDTH), bool)
+    expected[rows, columns] = True
+    assert (masks[:, :, 3] != expected).sum() <= 0.02 * expected.sum()
+    assert masks[40, 67, 3]  # the y axis points down, so it does to the lower right
+    assert not masks[20, 67, 3]
+
+
+@pytest.mark.parametrize("version", ["1", "2", "project"])
+def test_each_version_of_via(folder, version):
+    regions = [region(RECT, kind="fig"), region(CIRCLE, kind="date")]
+    if version == "1":
+        content = {"a.png1234": via("a.png", {"0": regions[0], "1": regions[1]})}
+    else:
+        content = {"a.png1234": via("a.png", regions), "b.jpg1234": via("b.jpg", [])}
+    if version == "project":
+        content = {
+            "_via_settings": {"ui": {}, "core": {}, "project": {"name": "fruit"}},
+            "_via_img_metadata": content,
+            "_via_attributes": {"region": {"kind": {"type": "dropdown"}}, "file": {}},
+            "_via_data_format_version": "2.0.10",
+            "_via_image_id_list": list(content),
+        }
+    data = annotations.ViaDataset()
+    data.load_annotations(folder, save(folder, content))
+    data.prepare()
+    assert data.class_names == ["BG", "date", "fig"]
+    masks, class_ids = data.load_mask(0)
+    np.testing.assert_array_equal(class_ids, [2, 1])
+    assert masks[:, :, 0].sum() == 20 * 31
+    if version != "1":  # b.jpg shows no object
+        assert data.num_images == 2
+        assert data.load_mask(1)[0].shape == (HEIGHT, WIDTH, 0)
+
+
+def test_masks_are_as_large_as_the_upright_image(folder):
+    data = read_via(folder, via("b.jpg", [region(RECT)]))
+    masks, _ = data.load_mask(0)
+    assert masks.shape[:2] == data.load_image(0).shape[:2] == (HEIGHT, WIDTH)
+    assert masks[7:38, 12:32, 0].all()
+
+
+def test_a_shape_may_leave_the_image(folder):
+    far = {"name": "rect", "x": -30, "y": 50, "width": 60, "height": 500}
+    masks, _ = read_via(folder, via("a.png", [region(far)])).load_mask(0)
+    assert masks.sum() == masks[50:, :30].sum() == 10 * 30
+
+
+def test_the_class_is_in_the_attribute_that_one_names(folder):
+    boxes = {"fig": False, "date": True}
+    regions = [region(RECT, kind=boxes, note="ripe"), region(CIRCLE, kind=" fig ", note="")]
+    entry = via("a.png", regions)
+    with pytest.raises(ValueError, match=r"must be in one of \['kind', 'note'\]"):
+        read_via(folder, entry)
+    data = read_via(folder, entry, attribute="kind")
+    assert data.class_names == ["BG", "date", "fig"]
+    np.testing.assert_array_equal(data.load_mask(0)[1], [1, 2])
+    # Validation data may lack a class, and must not have another one.
+    data = read_via(folder, entry, attribute="kind", class_names=["nut", "fig", "date"])
+    np.testing.assert_array_equal(data.load_mask(0)[1], [3, 2])
+    with pytest.raises(ValueError, match=r"regions.json, a.png, region 1 must .*, got 'fig'"):
+        read_via(folder, entry, attribute="kind", class_names=["date"])
+
+
+def test_without_attributes_there_is_one_class(folder):
+    assert read_via(folder, via("a.png", [region(RECT)])).class_names == ["BG", "object"]
+
+
+def test_what_has_no_area_is_left_out_with_a_warning(folder, caplog):
+    regions = [region(POINT), region(RECT), region(POLYLINE)]
+    masks, _ = read_via(folder, via("a.png", regions)).load_mask(0)
+    assert masks.sum(axis=(0, 1)).tolist() == [20 * 31]
+    messages = [record.getMessage() for record in caplog.records]
+    assert [m.split(" is a point or line")[0].split(", ", 1)[1] for m in messages] == [
+        "a.png, region 0",
+        "a.png, region 2",
+    ]
+    with pytest.raises(ValueError, match="must have regions with an area, found none"):
+        read_via(folder, via("a.png", [region(POINT)]))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (region({"name": "polygon", "all_points_x": [1, 2, 3]}), "KeyError: 'all_points_y'"),
+        (region({**POLYGON, "all_points_y": [1, 2]}), "inhomogeneous"),
+        (region({"name": "polygon", "all_points_x": [1, 9], "all_points_y": [1, 9]}), "three"),
+        (region({**RECT, "width": None}), "TypeError"),
+        (region({**CIRCLE, "r": float("nan")}), "finite"),
+        (region({"name": "cuboid"}), "unknown shape 'cuboid'"),
+        ({"region_attributes": {}}, "shape_attributes"),
+        ({"shape_attributes": RECT}, "region_attributes"),
+        ("RECT", "TypeError"),
+        (None, "TypeError"),
+    ],
+)
+def test_a_region_that_cannot_be_used_is_named(folder, wrong, reason):
+    with pytest.raises(ValueError, match=reason) as info:
+        read_via(folder, via("a.png", [region(RECT), wrong]))
+    message = str(info.value)
+    assert f"{folder / 'regions.json'}, a.png, region 1 cannot be used" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("value", [None, "", " ", {}, {"fig": True, "date": True}])
+def test_a_region_without_a_class_is_named(folder, value):
+    regions = [region(RECT, kind="fig"), region(CIRCLE, kind=value)]
+    with pytest.raises(ValueError, match=r"a.png, region 1 .*one class in the attribute 'kind'"):
+        read_via(folder, via("a.png", regions))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("#filename,file_size", "is not json"),
+        ("[]", "is not of VIA"),
+        ('{"images": [], "annotations": []}', "is not of VIA"),
+        ('{"project": {}, "config": {}, "file": {"1": {"fname": "a.png"}}}', "is not of VIA"),
+    ],
+)
+def test_a_file_of_another_kind_is_refused(folder, text, reason):
+    path = folder / "other.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"other.json {reason}"):
+        annotations.ViaDataset().load_annotations(folder, path)
+
+
+def test_missing_files_are_named(folder):
+    with pytest.raises(FileNotFoundError, match="gone.json"):
+        annotations.ViaDataset().load_annotations(folder, folder / "gone.json")
+    with pytest.raises(FileNotFoundError, match="gone.png"):
+        read_via(folder, via("gone.png", [region(RECT)]))
+
+
+# --- labelme -------------------------------------------------------------------------------------
+
+
+def shape(label, kind, points, **more):
+    return {
+        **{"label": label, "points": points, "group_id": None, "description": ""},
+        **{"shape_type": kind, "flags": {}, "mask": None, **more},
+    }
+
+
+def labelme(folder, name, shapes, path="a.png"):
+    content = {
+        **{"version": "5.5.0", "flags": {}, "shapes": shapes, "imagePath": path},
+        **{"imageData": None, "imageHeight": HEIGHT, "imageWidth": WIDTH},
+    }
+    return save(folder, content, name)
+
+
+def png(mask):
+    file = io.BytesIO()
+    Image.fromarray(mask.astype(np.uint8)).save(file, format="PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def read_labelme(folder, images=None):
+    data = annotations.LabelmeDataset()
+    data.load_annotations(images or folder, folder)
+    data.prepare()
+    return data
+
+
+def test_shapes_of_labelme_cover_their_pixels(folder):
+    patch = np.random.default_rng(0).random((9, 14)) < 0.5
+    shapes = [
+        shape("star", "polygon", STAR),
+        shape("box", "rectangle", [[32.0, 38.0], [12.0, 7.0]]),  # drawn from the lower right
+        shape("coin", "circle", [[44.0, 30.0], [44.0 + 10.5, 30.0 + 14.0]]),
+        shape("blob", "mask", [[80.0, 55.0], [94.0, 64.0]], mask=png(patch)),
+        shape("box", "oriented_rectangle", [[20, 10.3], [40, 30.3], [30, 40.3], [10, 20.3]]),
+    ]
+    labelme(folder, "a.json", shapes)
+    data = read_labelme(folder)
+    assert data.class_names == ["BG", "blob", "box", "coin", "star"]
+    masks, class_ids = data.load_mask(0)
+    np.testing.assert_array_equal(class_ids, [4, 2, 3, 1, 2])
+    assert_draws(masks[:, :, 0], polygon_share(STAR))
+    expected = np.zeros((HEIGHT, WIDTH), bool)
+    expected[7:38, 12:32] = True
+    np.testing.assert_array_equal(masks[:, :, 1], expected)
+    assert_draws(masks[:, :, 2], subpixel(lambda y, x: (y - 30) ** 2 + (x - 44) ** 2 <= 17.5**2))
+    expected = np.zeros((HEIGHT, WIDTH), bool)
+    expected[55:60, 80:90] = patch[:5, :10]  # what is in the image
+    np.testing.assert_array_equal(masks[:, :, 3], expected)
+    assert_draws(
+        masks[:, :, 4],
+        subpixel(lambda y, x: (abs(x - y + 0.3) <= 10) & (abs(x + y - 50.3) <= 20)),
+    )
+
+
+def test_regions_of_a_group_are_one_object(folder):
+    corners = [[[0, 0], [5, 5]], [[10, 10], [15, 20]], [[20, 0], [30, 5]], [[40, 0], [50, 5]]]
+    labels, groups = ["fig", "fig", "nut", "fig"], [1, 1, 1, None]
+    shapes = [
+        shape(label, "rectangle", points, group_id=group)
+        for label, points, group in zip(labels, corners, groups, strict=True)
+    ]
+    labelme(folder, "a.json", shapes)
+    masks, class_ids = read_labelme(folder).load_mask(0)
+    np.testing.assert_array_equal(class_ids, [1, 2, 1])
+    assert masks.sum(axis=(0, 1)).tolist() == [25 + 50, 50, 50]
+
+
+def test_an_image_is_found_beside_the_json_or_by_name(folder, tmp_path_factory):
+    other = tmp_path_factory.mktemp("json")
+    square = [shape("fig", "rectangle", [[0, 0], [5, 5]])]
+    labelme(other, "1.json", square, path="..\\photos\\a.png")  # saved on Windows
+    labelme(other, "2.json", [], path=f"../{folder.name}/b.jpg")
+    data = read_labelme(other, folder)
+    assert [info["id"] for info in data.image_info] == ["a.png", "b.jpg"]
+    assert [data.load_image(i).shape for i in (0, 1)] == [(HEIGHT, WIDTH, 3)] * 2
+    with pytest.raises(FileNotFoundError, match="a.png"):
+        read_labelme(other, tmp_path_factory.mktemp("empty"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (shape("fig", "polygon", [[1, 2], [3, 4]]), "three points"),
+        (shape("fig", "rectangle", [[1, 2]]), "IndexError"),
+        (shape("fig", "circle", [[1, 2], [3, 4], [5, 6]]), "unpack"),
+        (shape("fig", "polygon", [[1, 2], [3], [5, 6]]), "inhomogeneous"),
+        (shape("fig", "mask", [[1, 2], [3, 4]], mask="AAAA"), "Error"),
+        (shape("fig", "sphere", [[1, 2], [3, 4]]), "unknown shape 'sphere'"),
+        ({"label": "fig"}, "KeyError: 'points'"),
+        ({"points": STAR}, "KeyError: 'label'"),
+        (None, "TypeError"),
+    ],
+)
+def test_a_region_of_labelme_that_cannot_be_used_is_named(folder, wrong, reason):
+    path = labelme(folder, "a.json", [shape("fig", "polygon", STAR), wrong])
+    with pytest.raises(ValueError, match=reason) as info:
+        read_labelme(folder)
+    assert str(info.value).startswith(f"{path}, region 1 cannot be used (")
+    assert "\n" not in str(info.value)
+
+
+def test_lines_of_labelme_are_left_out(folder, caplog):
+    kinds = {"point": [[1, 1]], "line": [[1, 1], [9, 9]], "linestrip": STAR, "polygon": STAR}
+    labelme(folder, "a.json", [shape("fig", kind, points) for kind, points in kinds.items()])
+    assert read_labelme(folder).load_mask(0)[0].shape[2] == 1
+    assert [r.getMessage().split(" is ")[0][-8:] for r in caplog.records] == [
+        f"region {i}" for i in range(3)
+    ]
+
+
+def test_a_folder_without_labelme_is_refused(folder):
+    with pytest.raises(FileNotFoundError, match="has no json files of labelme"):
+        read_labelme(folder)
+    save(folder, {"images": []}, "coco.json")
+    with pytest.raises(ValueError, match=r"coco.json is not of labelme; check --format"):
+        read_labelme(folder)
+
+
+# --- Real data -----------------------------------------------------------------------------------
+
+
+# pycocotools and numpy 2 disagree about __array__.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@needs_shared
+@pytest.mark.parametrize("kind", ["via", "labelme"])
+def test_polygons_of_photographs_agree_with_pycocotools(tmp_path, kind):
+    fruits = SHARED / "data" / "fruits_nuts"
+    content = json.loads((fruits / "instances.json").read_text())
+    image = content["images"][0]
+    found = [a for a in content["annotations"] if a["image_id"] == image["id"]]
+    outlines = [np.reshape(a["segmentation"][0], (-1, 2)) for a in found]
+    assert len(outlines) > 3
+    if kind == "via":
+        shapes = [
+            {"all_points_x": x, "all_points_y": y} for x, y in (o.T.tolist() for o in outlines)
+        ]
+        regions = [region({"name": "polygon", **s}) for s in shapes]
+        data, path = (
+            annotations.ViaDataset(),
+            save(tmp_path, {"0": via(image["file_name"], regions)}),
+        )
+    else:
+        shapes = [shape("fruit", "polygon", o.tolist()) for o in outlines]
+        data, path = (
+            annotations.LabelmeDataset(),
+            labelme(tmp_path, "0.json", shapes, image["file_name"]),
+        )
+    data.load_annotations(fruits / "images", path)
+    data.prepare()
+    masks, _ = data.load_mask(0)
+    size = image["height"], image["width"]
+    for i, annotation in enumerate(found):
+        expected = coco_mask.decode(coco_mask.frPyObjects(annotation["segmentation"], *size))[
+            ..., 0
+        ]
+        union = (masks[:, :, i] | (expected > 0)).sum()
+        assert (masks[:, :, i] & (expected > 0)).sum() > 0.98 * union > 100
+
+
+# --- Parts ---------------------------------------------------------------------------------------
+
+
+def test_a_split_is_the_seed_s(folder):
+    regions = [region(RECT, kind="fig"), region(CIRCLE, kind="date")]
+    data = read_via(folder, via("a.png", regions))
+    data.image_info = [{**data.image_info[0], "id": i} for i in range(12)]
+    data.prepare()
+
+    def ids(share, seed=0):
+        return [[info["id"] for info in part.image_info] for part in data.split(share, seed)]
+
+    rest, kept = ids(0.2, 3)
+    assert (len(rest), len(kept)) == (10, 2)  # of 2.4
+    assert sorted(rest + kept) == list(range(12))
+    assert [rest, kept] == [sorted(rest), sorted(kept)]
+    assert ids(0.2, 3) == [rest, kept]
+    assert ids(0.2, 4) != [rest, kept]
+    assert ids(0)[1] == []
+    for part in data.split(0.2):
+        assert part.class_names == data.class_names == ["BG", "date", "fig"]
+        assert part.load_mask(0)[1].tolist() == [2, 1]
+        assert part.num_images == len(part.image_ids) == len(part.image_info)
+    assert data.num_images == 12
+
+
+def test_the_old_import_still_works():
+    from samples.annotations import LabelmeDataset, ViaDataset
+
+    assert (LabelmeDataset, ViaDataset) == (annotations.LabelmeDataset, annotations.ViaDataset)
