@@ -175,11 +175,8 @@ def _read(path: str | Path, use: Callable[[_Source], T]) -> T:
             bare = _png_without_metadata(path)
             if bare is None:
                 raise
-            try:
-                with _open(path, bare) as source:
-                    result = use(source)
-            except Exception:
-                raise error from None  # it is not about the metadata
+            with _open(path, bare) as source:
+                result = use(source)
             _warn_once(path, f"its metadata is left out, which cannot be read: {_line(error)}")
             return result
     except Exception as error:  # decoders raise whatever they stumble over

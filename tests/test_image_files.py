@@ -451,9 +451,11 @@ def test_metadata_of_a_png_never_blocks_its_pixels(tmp_path, caplog, chunk, befo
         np.testing.assert_array_equal(read(tmp_path, content), UPRIGHT[6](RGB))
     assert len({record.getMessage() for record in caplog.records}) == len(caplog.records)
     # What belongs to the pixels is kept.
-    palette = with_chunk(encode(picture_of("P"), "PNG", transparency=0), chunk, before)
-    expected = np.asarray(picture_of("P").convert("RGB"))
-    np.testing.assert_array_equal(read(tmp_path, palette), expected)
+    palette = encode(picture_of("P"), "PNG", transparency=bytes([0, 128]))
+    expected = read(tmp_path, palette, channel_count=4)
+    assert expected[:, :, 3].min() == 0 < expected[:, :, 3].max()
+    image = read(tmp_path, with_chunk(palette, chunk, before), channel_count=4)
+    np.testing.assert_array_equal(image, expected)
 
 
 def test_metadata_that_is_left_out_is_told(tmp_path, caplog):
