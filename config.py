@@ -49,6 +49,10 @@ class Config:
     # Colour channels: 3 RGB, 1 grey, 4 RGB-D, ...; MEAN_PIXEL needs as many numbers.
     IMAGE_CHANNEL_COUNT: int = 3
     MEAN_PIXEL: Sequence[float] = (123.7, 116.8, 103.9)
+    # How values of more than 8 bits become 0..255. None: all that 16 bits can hold. 8 to 16: only
+    # so many bits are used, e.g. 12 of a camera's. "auto": from the image's 0.1st to its 99.9th
+    # percentile, each image for itself.
+    IMAGE_BIT_DEPTH: int | str | None = None
 
     # ---------------------------------------------------------------- backbone and pyramid
     # "resnet50", "resnet101", a dict for other depths and widths of the same network, e.g.
@@ -343,6 +347,11 @@ class Config:
         )
         check(
             lambda v: v is None or whole(v, 1), "a whole number from 1, or None", "EARLY_STOPPING"
+        )
+        check(
+            lambda v: v is None or v == "auto" or (whole(v, 8) and v <= 16),
+            "a whole number from 8 to 16, 'auto' or None",
+            "IMAGE_BIT_DEPTH",
         )
         check(
             lambda v: v in (True, False),

@@ -32,6 +32,9 @@ def test_a_callable_option_of_a_class_is_called_without_self():
     [
         ({"IMAGE_MAX_DIM": 1000}, "IMAGE_MAX_DIM must be a multiple of 64 .* use 960 or 1024"),
         ({"IMAGE_RESIZE_MODE": "crop", "IMAGE_MIN_DIM": None}, "IMAGE_MIN_DIM must be a multiple"),
+        ({"IMAGE_BIT_DEPTH": 7}, "IMAGE_BIT_DEPTH must be a whole number from 8 to 16, 'auto' or"),
+        ({"IMAGE_BIT_DEPTH": 17}, "IMAGE_BIT_DEPTH must be .*, got 17"),
+        ({"IMAGE_BIT_DEPTH": "12"}, "IMAGE_BIT_DEPTH must be .*, got '12'"),
         ({"IMAGE_RESIZE_MODE": "pad"}, "one of none, square, pad64, crop, got 'pad'"),
         ({"IMAGE_MIN_DIM": 1100}, "IMAGE_MIN_DIM must not exceed IMAGE_MAX_DIM, got 1100 and 1024"),
         ({"IMAGE_CHANNEL_COUNT": 4}, "MEAN_PIXEL must have one number per channel.*got 3 numbers"),
