@@ -57,7 +57,7 @@ def test_a_callable_option_of_a_class_is_called_without_self():
         ({"DETECTION_NMS_THRESHOLD": "0.3"}, "DETECTION_NMS_THRESHOLD must be in 0..1, got '0.3'"),
         ({"LEARNING_RATE": 0}, "LEARNING_RATE must be above 0"),
         ({"BBOX_STD_DEV": (0.1, 0.1)}, "BBOX_STD_DEV must be four numbers above 0"),
-        ({"LOSS_WEIGHTS": {"rpn_class_loss": 1}}, "LOSS_WEIGHTS must be a dict of finite weights"),
+        ({"LOSS_WEIGHTS": {"rpn_clas_loss": 1}}, "LOSS_WEIGHTS must be a dict of finite weights"),
         ({"LOSS_WEIGHTS": [1]}, "LOSS_WEIGHTS must be a dict"),
     ],
 )
@@ -99,7 +99,7 @@ def test_what_no_machine_could_do_is_refused(name, value):
 
 
 def test_misspelt_options_are_refused():
-    with pytest.raises(TypeError, match="NUM_CLASS is no option.*did you mean NUM_CLASSES?"):
+    with pytest.raises(TypeError, match="NUM_CLASS is not an option.*did you mean NUM_CLASSES?"):
         Config(NUM_CLASS=3)
 
     class Misspelt(Config):
@@ -112,7 +112,7 @@ def test_misspelt_options_are_refused():
         IMAGE_PADDING = False
 
     with pytest.raises(
-        ValueError, match="IMAGE_PADDING is no option any more; use IMAGE_RESIZE_MODE"
+        ValueError, match="IMAGE_PADDING is no longer an option; use IMAGE_RESIZE_MODE"
     ):
         Older().validate()
 
@@ -124,18 +124,39 @@ def test_misspelt_options_are_refused():
 
 
 def test_what_follows_from_options_cannot_be_set():
-    with pytest.raises(TypeError, match="MASK_SHAPE is no option: it follows from MASK_POOL_SIZE"):
+    with pytest.raises(
+        TypeError, match="MASK_SHAPE is not an option: it follows from MASK_POOL_SIZE"
+    ):
         Config(MASK_SHAPE=(28, 28))
 
     class Older(Config):
         BACKBONE_STRIDES = (4, 8, 16, 32, 64)
 
-    with pytest.raises(ValueError, match="BACKBONE_STRIDES is no option: .* leave it out"):
+    with pytest.raises(ValueError, match="BACKBONE_STRIDES is not an option: .* leave it out"):
         Older().validate()
     assert Config(MASK_POOL_SIZE=10).MASK_SHAPE == (20, 20)
     derived = {n for n, v in vars(Config).items() if isinstance(v, property) and n.isupper()}
     assert derived == set(config_module._DERIVED)
     assert not derived & set(Config().to_dict())
+
+
+def test_each_option_has_a_rule():
+    listed = [name for rule in config_module.RULES for name in rule.names.split()]
+    assert len(listed) == len(set(listed))
+    # Checked together with others, or where they are used.
+    elsewhere = {"BACKBONE", "CLASS_NAMES", "IMAGE_RESIZE_MODE", "IMAGENET_MODEL_PATH"}
+    assert {*listed, *elsewhere} == set(Config().to_dict())
+
+
+def test_thresholds_that_contradict_each_other():
+    with pytest.raises(
+        ValueError, match="RPN_NEGATIVE_IOU must not exceed RPN_POSITIVE_IOU, got 0"
+    ):
+        Config(RPN_NEGATIVE_IOU=0.8).validate()
+    with pytest.raises(ValueError, match="ROI_POSITIVE_RATIO must be above 0"):
+        Config(ROI_POSITIVE_RATIO=0).validate()
+    with pytest.raises(TypeError, match="IMAGE_PADDING is no longer an option; use IMAGE_RESIZE"):
+        Config(IMAGE_PADDING=True)
 
 
 def test_options_of_one_config_do_not_reach_another():
