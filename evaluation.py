@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import distributed
 import utils
-from boxed_masks import BoxedMasks, load_boxed_masks
+from boxed_masks import BoxedMasks, read_masks
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
@@ -201,7 +201,7 @@ def ground_truth(dataset: utils.Dataset, image_id: int) -> list[dict[str, Any]]:
     """The instances of an image; a data set may have a method ground_truth(image_id) for it."""
     if hasattr(dataset, "ground_truth"):
         return dataset.ground_truth(image_id)
-    return instances_of_masks(*load_boxed_masks(dataset, image_id))
+    return instances_of_masks(*read_masks(dataset, image_id))
 
 
 def instances_of_masks(masks: BoxedMasks, class_ids: np.ndarray) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ import utils
 from checkpoints import Run, Stage, chance_of_its_own, make_folder
 from config import Config
 from dataset import Augmentation, Batch, EpochSampler, TorchDataset, make_loader, set_epoch
-from distributed import average, from_main, is_main, rank, world_size
+from distributed import average, from_main, is_main, world_size
 from history import History, Record
 
 logger = logging.getLogger(__name__)
@@ -279,10 +279,10 @@ def fit(model: Any, run: Run, stage: Stage, data: Data, hooks: Hooks) -> None:
         return
 
     train_set = TorchDataset(data.train, config, data.augmentation)
-    train_loader = shared_loader(train_set, config, shuffle=True)
+    train_loader = make_loader(train_set, config, shuffle=True)
     val_loader = None
     if data.val is not None:
-        val_loader = shared_loader(TorchDataset(data.val, config), config, shuffle=False)
+        val_loader = make_loader(TorchDataset(data.val, config), config, shuffle=False)
     batches = endless(train_loader, run.steps(config) * config.GRADIENT_ACCUMULATION)
     trainer = Trainer(model, config, batches, train_set.describe)
     stage = run.enter(stage, trainer)
@@ -306,12 +306,6 @@ def fit(model: Any, run: Run, stage: Stage, data: Data, hooks: Hooks) -> None:
     run.state = None
     if fault:
         raise OSError(fault)
-
-
-def shared_loader(data: TorchDataset, config: Config, shuffle: bool) -> DataLoader[Any]:
-    """A loader of the share that this process has of the data."""
-    sampler = EpochSampler(data, world_size(), rank(), shuffle=shuffle, seed=config.SEED)
-    return make_loader(data, config, shuffle, sampler)
 
 
 def train_epoch(

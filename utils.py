@@ -661,6 +661,10 @@ class Dataset:
 
     Sources keep several data sets apart in one: a source class or image is named "source.id".
     Internal class and image ids count from 0; class 0 is the background.
+
+    Two methods are for data sets of hundreds of objects in large images, and for annotations that
+    tell more than masks: load_boxed_masks(image_id), see boxed_masks.read_masks, and
+    ground_truth(image_id), see evaluation.ground_truth.
     """
 
     # How load_image scales files of more than 8 bits: as the option IMAGE_BIT_DEPTH.
