@@ -12,6 +12,7 @@ Names and defaults are those of matterport/Mask_RCNN and multimodallearning/pyto
 """
 
 import difflib
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -48,6 +49,10 @@ class Config:
     # Colour channels: 3 RGB, 1 grey, 4 RGB-D, ...; MEAN_PIXEL needs as many numbers.
     IMAGE_CHANNEL_COUNT: int = 3
     MEAN_PIXEL: Sequence[float] = (123.7, 116.8, 103.9)
+    # How values of more than 8 bits become 0..255. None: all that 16 bits can hold. 8 to 16: only
+    # so many bits are used, e.g. 12 of a camera's. "auto": from the image's 0.1st to its 99.9th
+    # percentile, each image for itself.
+    IMAGE_BIT_DEPTH: int | str | None = None
 
     # ---------------------------------------------------------------- backbone and pyramid
     # "resnet50", "resnet101", a dict for other depths and widths of the same network, e.g.
@@ -291,13 +296,21 @@ class Config:
                 value = getattr(self, name)
                 try:
                     right = condition(value)
-                except (TypeError, ValueError):  # no number, or no list, where one belongs
+                except (
+                    TypeError,
+                    ValueError,
+                    AttributeError,
+                    OverflowError,
+                ):  # no number, or no list, where one belongs
                     right = False
                 if not right:
-                    raise ValueError(f"{name} must be {expectation}, got {value!r}")
+                    raise ValueError(f"{name} must be {expectation}, got {value!r:.200}")
 
-        def whole(value: Any, least: int) -> bool:
-            return isinstance(value, (int, np.integer)) and int(value) >= least
+        def whole(value: Any, least: int, most: float = math.inf) -> bool:
+            return isinstance(value, (int, np.integer)) and least <= int(value) <= most
+
+        def positive(values: Any) -> bool:
+            return all(0 < number < math.inf for number in values)
 
         check(lambda v: bool(v) and isinstance(v, str), "a name, not empty", "NAME")
         check(
@@ -305,17 +318,21 @@ class Config:
             "a whole number from 0",
             *("GPU_COUNT", "SEED", "VALIDATION_STEPS", "WARMUP_STEPS"),
         )
-        check(lambda v: v is None or whole(v, 0), "a whole number from 0, or None", "NUM_WORKERS")
+        check(
+            lambda v: v is None or whole(v, 0, 1000),
+            "a whole number in 0..1000, or None",
+            "NUM_WORKERS",
+        )
         check(
             lambda v: whole(v, 1),
             "a whole number from 1",
-            *("IMAGES_PER_GPU", "IMAGE_CHANNEL_COUNT", "NUM_CLASSES", "TOP_DOWN_PYRAMID_SIZE"),
-            *("RPN_CHANNELS", "RPN_ANCHOR_STRIDE", "PRE_NMS_LIMIT", "POST_NMS_ROIS_TRAINING"),
-            *("POST_NMS_ROIS_INFERENCE", "POOL_SIZE", "MASK_POOL_SIZE", "MAX_GT_INSTANCES"),
-            *("FPN_CLASSIF_FC_LAYERS_SIZE", "DETECTION_MAX_INSTANCES", "STEPS_PER_EPOCH"),
-            *("RPN_TRAIN_ANCHORS_PER_IMAGE", "TRAIN_ROIS_PER_IMAGE", "GRADIENT_ACCUMULATION"),
-            *("KEEP_CHECKPOINTS", "EVALUATE_EVERY"),
+            *("STEPS_PER_EPOCH", "GRADIENT_ACCUMULATION", "KEEP_CHECKPOINTS", "EVALUATE_EVERY"),
         )
+        # What a network is made of has bounds, since a checkpoint brings options that someone else
+        # chose, and the memory for ten times as much is not to be had.
+        for most, names in LARGEST.items():
+            within = functools.partial(whole, least=1, most=most)
+            check(within, f"a whole number in 1..{most}", *names)
         check(
             lambda v: 0 <= v <= 1,
             "in 0..1",
@@ -324,9 +341,17 @@ class Config:
             *("ROI_POSITIVE_IOU", "CROWD_IOU"),
         )
         check(
-            lambda v: v is None or whole(v, 1),
-            "a whole number from 1, or None",
-            *("IMAGE_MIN_DIM", "IMAGE_MAX_DIM", "EARLY_STOPPING"),
+            lambda v: v is None or whole(v, 1, 16384),
+            "a whole number in 1..16384, or None",
+            *("IMAGE_MIN_DIM", "IMAGE_MAX_DIM"),
+        )
+        check(
+            lambda v: v is None or whole(v, 1), "a whole number from 1, or None", "EARLY_STOPPING"
+        )
+        check(
+            lambda v: v is None or v == "auto" or (whole(v, 8) and v <= 16),
+            "a whole number from 8 to 16, 'auto' or None",
+            "IMAGE_BIT_DEPTH",
         )
         check(
             lambda v: v in (True, False),
@@ -342,21 +367,35 @@ class Config:
         )
         check(lambda v: all(0 < n < 1 for n in v), "numbers between 0 and 1", "LR_STEPS")
         check(lambda v: v in (None, "bf16", "fp16"), "'bf16', 'fp16' or None", "AMP")
-        check(lambda v: v > 0, "above 0", "LEARNING_RATE", "GRADIENT_CLIP_NORM")
-        check(lambda v: v >= 0, "0 or more", "WEIGHT_DECAY", "IMAGE_MIN_SCALE")
+        check(lambda v: 0 < v < math.inf, "above 0 and finite", "LEARNING_RATE")
+        check(lambda v: v > 0, "above 0", "GRADIENT_CLIP_NORM")
+        check(lambda v: 0 <= v < math.inf, "0 or more, and finite", "WEIGHT_DECAY")
+        check(lambda v: 0 <= v <= 100, "in 0..100", "IMAGE_MIN_SCALE")
         check(
-            lambda v: len(v) == 4 and min(v) > 0,
-            "four numbers above 0",
+            lambda v: len(v) == 4 and positive(v),
+            "four numbers above 0, and finite",
             *("RPN_BBOX_STD_DEV", "BBOX_STD_DEV"),
         )
         check(
-            lambda v: len(v) == 2 and all(whole(n, 1) for n in v),
-            "(height, width), whole numbers",
+            lambda v: len(v) == 2 and all(whole(n, 1, 4096) for n in v),
+            "(height, width), whole numbers in 1..4096",
             "MINI_MASK_SHAPE",
         )
-        check(lambda v: len(v) == 5 and min(v) > 0, "five numbers above 0", "RPN_ANCHOR_SCALES")
-        check(lambda v: min(v) > 0, "one or more numbers above 0", "RPN_ANCHOR_RATIOS")
-        check(lambda v: len(v) >= 1 and sum(v) >= 0, "a number per channel", "MEAN_PIXEL")
+        check(
+            lambda v: len(v) == 5 and positive(v),
+            "five numbers above 0, and finite",
+            "RPN_ANCHOR_SCALES",
+        )
+        check(
+            lambda v: 1 <= len(v) <= 100 and positive(v),
+            "1 to 100 numbers above 0, and finite",
+            "RPN_ANCHOR_RATIOS",
+        )
+        check(
+            lambda v: len(v) >= 1 and all(math.isfinite(n) for n in v),
+            "a finite number per channel",
+            "MEAN_PIXEL",
+        )
         check(
             lambda v: v is None or len(v) == self.NUM_CLASSES,
             f"None or a list of NUM_CLASSES = {self.NUM_CLASSES} names",
@@ -364,8 +403,11 @@ class Config:
         )
         check(lambda v: v is None or callable(v), "a function or None", "COMPUTE_BACKBONE_SHAPE")
         check(
-            lambda v: set(v) == set(Config.LOSS_WEIGHTS) and min(v.values()) >= 0,
-            f"a dict of weights of 0 or more for {', '.join(Config.LOSS_WEIGHTS)}",
+            lambda v: (
+                set(v) == set(Config.LOSS_WEIGHTS)
+                and all(0 <= weight < math.inf for weight in v.values())
+            ),
+            f"a dict of finite weights of 0 or more for {', '.join(Config.LOSS_WEIGHTS)}",
             "LOSS_WEIGHTS",
         )
 
@@ -396,13 +438,13 @@ class Config:
 
     def _validate_network(self) -> None:
         if isinstance(self.BACKBONE, dict):
-            blocks, width = self.BACKBONE.get("blocks", ()), self.BACKBONE.get("width")
-            numbers = [*blocks, width]
-            whole = all(isinstance(number, int) and number >= 1 for number in numbers)
-            if set(self.BACKBONE) != {"blocks", "width"} or len(blocks) != 4 or not whole:
+            blocks, width = self.BACKBONE.get("blocks"), self.BACKBONE.get("width")
+            numbers = [*blocks, width] if isinstance(blocks, Sequence) else []
+            whole = all(isinstance(number, int) and 1 <= number <= 1000 for number in numbers)
+            if set(self.BACKBONE) != {"blocks", "width"} or len(numbers) != 5 or not whole:
                 raise ValueError(
-                    "BACKBONE as a dict must be {'blocks': (four numbers from 1), 'width':"
-                    f" channels of C1}}, got {self.BACKBONE!r}"
+                    "BACKBONE as a dict must be {'blocks': (four numbers in 1..1000), 'width':"
+                    f" channels of C1 in 1..1000}}, got {self.BACKBONE!r:.200}"
                 )
         elif self.BACKBONE not in ("resnet50", "resnet101") and not callable(self.BACKBONE):
             raise ValueError(
@@ -424,6 +466,20 @@ def are_network_sides(*sides: int) -> bool:
     """Whether these may be sides of a network input: multiples of P6's stride, 64."""
     return all(side > 0 and side % 64 == 0 for side in sides)
 
+
+# Options that are whole numbers, by the largest value that is taken for meant.
+LARGEST = {
+    64: ("RPN_ANCHOR_STRIDE",),
+    256: ("POOL_SIZE", "MASK_POOL_SIZE"),
+    1000: ("IMAGE_CHANNEL_COUNT",),
+    16_384: ("TOP_DOWN_PYRAMID_SIZE", "RPN_CHANNELS", "FPN_CLASSIF_FC_LAYERS_SIZE"),
+    100_000: ("NUM_CLASSES", "IMAGES_PER_GPU"),
+    10_000_000: (
+        *("PRE_NMS_LIMIT", "POST_NMS_ROIS_TRAINING", "POST_NMS_ROIS_INFERENCE"),
+        *("MAX_GT_INSTANCES", "DETECTION_MAX_INSTANCES"),
+        *("RPN_TRAIN_ANCHORS_PER_IMAGE", "TRAIN_ROIS_PER_IMAGE"),
+    ),
+}
 
 # Options of Matterport's and the port's Config, and what took their place.
 REPLACED = {

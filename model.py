@@ -1094,7 +1094,7 @@ class MaskRCNN(nn.Module):
         callbacks: Sequence[training.Callback] = (),
         evaluate: Callable[["MaskRCNN"], dict[str, float]] | None = None,
     ) -> None:
-        """Trains one stage; the README says what it leaves in log_dir.
+        """Trains one stage; docs/training.md says what it leaves in log_dir.
 
         Args:
             train_dataset: prepared.

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 
@@ -30,6 +32,9 @@ def test_a_callable_option_of_a_class_is_called_without_self():
     [
         ({"IMAGE_MAX_DIM": 1000}, "IMAGE_MAX_DIM must be a multiple of 64 .* use 960 or 1024"),
         ({"IMAGE_RESIZE_MODE": "crop", "IMAGE_MIN_DIM": None}, "IMAGE_MIN_DIM must be a multiple"),
+        ({"IMAGE_BIT_DEPTH": 7}, "IMAGE_BIT_DEPTH must be a whole number from 8 to 16, 'auto' or"),
+        ({"IMAGE_BIT_DEPTH": 17}, "IMAGE_BIT_DEPTH must be .*, got 17"),
+        ({"IMAGE_BIT_DEPTH": "12"}, "IMAGE_BIT_DEPTH must be .*, got '12'"),
         ({"IMAGE_RESIZE_MODE": "pad"}, "one of none, square, pad64, crop, got 'pad'"),
         ({"IMAGE_MIN_DIM": 1100}, "IMAGE_MIN_DIM must not exceed IMAGE_MAX_DIM, got 1100 and 1024"),
         ({"IMAGE_CHANNEL_COUNT": 4}, "MEAN_PIXEL must have one number per channel.*got 3 numbers"),
@@ -41,23 +46,56 @@ def test_a_callable_option_of_a_class_is_called_without_self():
         ({"RPN_ANCHOR_RATIOS": ()}, "RPN_ANCHOR_RATIOS must be"),
         ({"RPN_ANCHOR_RATIOS": (0.5, "1")}, "RPN_ANCHOR_RATIOS must be"),
         ({"COMPUTE_BACKBONE_SHAPE": "x"}, "COMPUTE_BACKBONE_SHAPE must be a function or None"),
-        ({"IMAGE_MIN_DIM": "800"}, "IMAGE_MIN_DIM must be a whole number from 1, or None"),
-        ({"IMAGE_MIN_DIM": -5}, "IMAGE_MIN_DIM must be a whole number from 1"),
-        ({"MEAN_PIXEL": 1.0}, "MEAN_PIXEL must be a number per channel"),
+        ({"IMAGE_MIN_DIM": "800"}, "IMAGE_MIN_DIM must be a whole number in 1..16384, or None"),
+        ({"IMAGE_MIN_DIM": -5}, "IMAGE_MIN_DIM must be a whole number in 1"),
+        ({"MEAN_PIXEL": 1.0}, "MEAN_PIXEL must be a finite number per channel"),
         ({"TRAIN_BN": "no"}, "TRAIN_BN must be True or False"),
         ({"ROI_POSITIVE_IOU": 1.5}, "ROI_POSITIVE_IOU must be in 0..1, got 1.5"),
-        ({"NUM_CLASSES": 0}, "NUM_CLASSES must be a whole number from 1, got 0"),
-        ({"NUM_CLASSES": "81"}, "NUM_CLASSES must be a whole number from 1, got '81'"),
+        ({"NUM_CLASSES": 0}, "NUM_CLASSES must be a whole number in 1..100000, got 0"),
+        ({"NUM_CLASSES": "81"}, "NUM_CLASSES must be a whole number in 1..100000, got '81'"),
         ({"DETECTION_MIN_CONFIDENCE": 70}, "DETECTION_MIN_CONFIDENCE must be in 0..1, got 70"),
         ({"DETECTION_NMS_THRESHOLD": "0.3"}, "DETECTION_NMS_THRESHOLD must be in 0..1, got '0.3'"),
         ({"LEARNING_RATE": 0}, "LEARNING_RATE must be above 0"),
         ({"BBOX_STD_DEV": (0.1, 0.1)}, "BBOX_STD_DEV must be four numbers above 0"),
-        ({"LOSS_WEIGHTS": {"rpn_class_loss": 1}}, "LOSS_WEIGHTS must be a dict of weights"),
+        ({"LOSS_WEIGHTS": {"rpn_class_loss": 1}}, "LOSS_WEIGHTS must be a dict of finite weights"),
+        ({"LOSS_WEIGHTS": [1]}, "LOSS_WEIGHTS must be a dict"),
     ],
 )
 def test_contradictions_are_refused_by_name(options, message):
     with pytest.raises(ValueError, match=message):
         Config(**options).validate()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("BACKBONE", {"blocks": (3, 4, 400_000, 3), "width": 64}),
+        ("BACKBONE", {"blocks": 5, "width": 64}),
+        ("BACKBONE", {"blocks": (1, 1, 1, 1), "width": 1e9}),
+        ("IMAGE_MAX_DIM", 6_400_000),
+        ("IMAGE_MIN_DIM", 10**400),
+        ("IMAGE_MIN_SCALE", math.inf),
+        ("BBOX_STD_DEV", (0.1, 0.1, 0.2, math.inf)),
+        ("RPN_BBOX_STD_DEV", (0.1, math.nan, 0.2, 0.2)),
+        ("RPN_ANCHOR_SCALES", (32, 64, math.nan, 256, 512)),
+        ("RPN_ANCHOR_RATIOS", [1.0] * 10_000),
+        ("MEAN_PIXEL", (1.0, math.inf, 1.0)),
+        ("LEARNING_RATE", math.inf),
+        ("WEIGHT_DECAY", math.nan),
+        ("LOSS_WEIGHTS", dict.fromkeys(Config.LOSS_WEIGHTS, math.nan)),
+        ("NUM_WORKERS", 10**6),
+        ("MINI_MASK_SHAPE", (56, 10**6)),
+        ("RPN_CHANNELS", 10**9),
+        ("POOL_SIZE", 10**5),
+        ("MAX_GT_INSTANCES", 10**12),
+        ("IMAGE_CHANNEL_COUNT", 10**9),
+    ],
+)
+def test_what_no_machine_could_do_is_refused(name, value):
+    """A checkpoint brings such options too, and must not take the memory first."""
+    with pytest.raises(ValueError, match=f"^{name} ") as caught:
+        Config(**{name: value}).validate()
+    assert len(str(caught.value)) < 400
 
 
 def test_misspelt_options_are_refused():
