@@ -317,7 +317,11 @@ def test_kernels_check_the_index(kernel):
 
 BAD_CALLS = [
     ({"values": IMAGE[0]}, ValueError, "must be "),
-    ({"values": torch.zeros(3, 3, 8, 8).half()}, TypeError, "must (both )?be float32 or float64, got"),
+    (
+        {"values": torch.zeros(3, 3, 8, 8).half()},
+        TypeError,
+        "must (both )?be float32 or float64, got",
+    ),
     ({"boxes": BOXES[:, :3]}, ValueError, r"boxes must be \[R, 4\], got.*3"),
     ({"boxes": BOXES[0]}, ValueError, r"boxes must be \[R, 4\], got.*4"),
     ({"boxes": BOXES.double()}, TypeError, "boxes must .*, got .*(Double|64)"),
