@@ -39,6 +39,10 @@ Callback = Callable[[Record], Any]
 AMP_DTYPES = {None: torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class DataWorkerError(ChildProcessError):
+    """A process that loads data was killed, mostly by the system because memory ran out."""
+
+
 class NonFiniteLossError(FloatingPointError):
     """A loss or gradient became NaN or infinite; the message names the loss and the images."""
 
@@ -104,6 +108,22 @@ def endless(loader: DataLoader[Any], start: int) -> Iterator[Batch]:
         sampler.start = start % length * (loader.batch_size or 1)
         yield from loader
         start = 0
+
+
+@contextlib.contextmanager
+def explaining_killed_workers() -> Iterator[None]:
+    """Turns what torch raises anywhere when a worker was killed into a DataWorkerError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        reason = str(error).partition("\n")[0].strip(" .")
+        raise DataWorkerError(
+            f"a process that loads data was killed, probably because memory ran out ({reason}); use"
+            " fewer of them (--workers, NUM_WORKERS) or smaller batches, and go on from the last"
+            " checkpoint"
+        ) from error
 
 
 def autocast(device: torch.device, config: Config) -> torch.autocast:
@@ -264,6 +284,7 @@ def validate(model: nn.Module, loader: DataLoader[Any], config: Config) -> Recor
 # --- Stages --------------------------------------------------------------------------------------
 
 
+@explaining_killed_workers()
 def fit(model: Any, run: Run, stage: Stage, data: Data, hooks: Hooks) -> None:
     """Trains a stage to its end; MaskRCNN.train_model, which calls this, says more.
 
@@ -271,6 +292,10 @@ def fit(model: Any, run: Run, stage: Stage, data: Data, hooks: Hooks) -> None:
         model: maps (images, targets) to a dict of losses, and has `config` and `model_dir`. What
             the stage trains has been made trainable.
         run: what has been done before.
+
+    Raises:
+        OSError: the checkpoint of the last epoch could not be written, nor that of two in a row;
+            its subclasses BlockingIOError, another process trains this run, and DataWorkerError.
     """
     config = model.config
     run.record = from_main(run.record)
@@ -290,7 +315,10 @@ def fit(model: Any, run: Run, stage: Stage, data: Data, hooks: Hooks) -> None:
         run.log_dir = from_main(make_folder(model.model_dir, config.NAME) if is_main() else None)
 
     fault = ""
-    with History(run.log_dir, config, run.epoch, run.steps(config)) as history:
+    with (
+        run.alone(),
+        History(run.log_dir, config, run.epoch, run.steps(config)) as history,
+    ):
         if run.record:  # stopped after an epoch was trained and saved, before it was judged
             over = judge(model, run, stage, history, val_loader, hooks)
         else:
@@ -301,7 +329,9 @@ def fit(model: Any, run: Run, stage: Stage, data: Data, hooks: Hooks) -> None:
                 train_epoch(trainer, run, stage, history, interrupts)
                 fault = run.save(model, config, stage, trainer.state_dict())
             if interrupts.anywhere():
-                raise KeyboardInterrupt(fault or f"saved {run.checkpoint_path(config)}")
+                if fault:
+                    raise OSError(fault)
+                raise KeyboardInterrupt(f"saved {run.checkpoint_path(config)}")
             over = judge(model, run, stage, history, val_loader, hooks)
     run.state = None
     if fault:
