@@ -175,14 +175,33 @@ def _unpack(packed: tuple[Any, ...]) -> Annotations:
     return Annotations(Table(columns, category_ids, boxes, bounds), np.arange(len(parts)))
 
 
+class Extents(NamedTuple):
+    """Where the annotations of an image are, without their masks.
+
+    Attributes:
+        class_ids: [N], negative for crowds.
+        boxes: [N, (y1, x1, y2, x2)] float64, image frame; of no height or width for an annotation
+            without a pixel.
+        size: (height, width) of the image.
+    """
+
+    class_ids: np.ndarray
+    boxes: np.ndarray
+    size: tuple[int, int]
+
+
 class CocoDataset(utils.Dataset):
     """Images annotated in COCO's format; prepare() it after loading.
 
     image_info holds for each image, besides id, source and path: height and width, and a sequence
     of annotations, dicts of category_id, iscrowd, segmentation (outlines, arrays
     [x, y, x, y, ...], or run lengths), bbox [x, y, width, height] and area. The last two are None
-    where the file has none that can be used.
+    where the file has none that can be used. `summaries` tells what was loaded.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.summaries: list[LoadSummary] = []
 
     def load_coco(
         self,
@@ -224,7 +243,7 @@ class CocoDataset(utils.Dataset):
         source: str = "custom",
         class_ids: Sequence[int | str] | None = None,
         class_names: Sequence[str] | None = None,
-        other_classes: bool = False,
+        only_classes: Sequence[str] | None = None,
         crowd_as_objects: bool = False,
     ) -> LoadSummary:
         """Adds the images of any json file in COCO's format.
@@ -242,8 +261,8 @@ class CocoDataset(utils.Dataset):
             class_names: the classes in their order, e.g. those of the training data. Categories
                 are matched by name, whatever their ids; a class that the file lacks has no
                 objects.
-            other_classes: with class_names, whether the file may have objects of other classes,
-                which are left out then.
+            only_classes: names of the classes whose objects are loaded; those of others are left
+                out. Without class_names, they are the classes, and the file must have them.
             crowd_as_objects: take what is marked as a crowd (iscrowd) for objects, as some tools
                 mark all that was drawn with a brush.
 
@@ -253,7 +272,7 @@ class CocoDataset(utils.Dataset):
                 than class_names, or image ids that this source already has.
         """
         content = read_content(Path(annotation_file))
-        chosen = choose_categories(content, class_ids, class_names, other_classes)
+        chosen = choose_categories(content, class_ids, class_names, only_classes)
         return self._add(content, Path(images_dir), source, chosen, crowd_as_objects)
 
     def load_files(
@@ -261,7 +280,7 @@ class CocoDataset(utils.Dataset):
         images_dirs: Sequence[str | Path],
         annotation_files: Sequence[str | Path],
         class_names: Sequence[str] | None = None,
-        other_classes: bool = False,
+        only_classes: Sequence[str] | None = None,
         crowd_as_objects: bool = False,
     ) -> list[LoadSummary]:
         """Adds the images of several files, whose classes are one where they have one name.
@@ -271,7 +290,7 @@ class CocoDataset(utils.Dataset):
             annotation_files: see load_annotations. An image id that an earlier file has gets the
                 name of its file in front, "more.json/7".
             class_names: the classes in their order; by default all that occur.
-            other_classes: see load_annotations.
+            only_classes: see load_annotations.
             crowd_as_objects: see load_annotations.
 
         Raises:
@@ -285,9 +304,13 @@ class CocoDataset(utils.Dataset):
             )
         contents = [read_content(file) for file in files]
         if class_names is None and len(files) > 1:
-            names = [name for c in contents for name in choose_categories(c).names]
-            class_names = list(dict.fromkeys(names))
-        choices = [choose_categories(c, None, class_names, other_classes) for c in contents]
+            names = dict.fromkeys(name for c in contents for name in choose_categories(c).names)
+            if unknown := [name for name in only_classes or () if name not in names]:
+                raise ValueError(
+                    f"the classes must be among {shortened([*names])}, got {shortened(unknown)}"
+                )
+            class_names = list(only_classes or names)
+        choices = [choose_categories(c, None, class_names, only_classes) for c in contents]
         if len(folders) == 1:
             folders *= len(files)
         return [
@@ -356,6 +379,7 @@ class CocoDataset(utils.Dataset):
             remarks=dict(remarks),
         )
         logger.log(logging.WARNING if remarks else logging.INFO, "%s", summary)
+        self.summaries.append(summary)
         return summary
 
     def _add_category(self, source: str, class_id: Any, name: str, others: Sequence[Any]) -> Any:
@@ -382,28 +406,24 @@ class CocoDataset(utils.Dataset):
         if len(set(self.class_names)) < len(set(whole)):
             self.class_names = whole
 
-    def extents(self, image_id: int) -> tuple[np.ndarray, np.ndarray]:
-        """Class ids [N] and boxes [N, (y1, x1, y2, x2)] float64, image frame, of all annotations.
-
-        A negative class id marks a crowd. The boxes are those of the outlines, which may leave the
-        image; of an outline that may be without a pixel, that of its pixels. Nothing else is drawn.
-        """
+    def extents(self, image_id: int) -> Extents:
+        """Where the annotations of an image are; hardly any of them is drawn."""
         info = self.image_info[image_id]
-        annotations = info["annotations"]
-        table, indices = annotations.table, annotations.indices
-        class_ids = [
-            self._class_id(info["source"], table.category_ids[category], crowd)
-            for category, crowd in zip(
-                table.categories[indices].tolist(), table.crowds[indices].tolist(), strict=True
-            )
-        ]
-        boxes = table.bounds[indices][:, [1, 0, 3, 2]]
-        inside = utils.clip_boxes(boxes, (0, 0, info["height"], info["width"]))
-        for n in np.flatnonzero((inside[:, 2:] - inside[:, :2]).min(axis=1) < 2):
-            segmentation = annotations[n]["segmentation"]
-            rle = evaluation.as_rle(segmentation, info["height"], info["width"])
-            boxes[n] = utils.rle_decode_part(rle)[0]
-        return np.array(class_ids, dtype=np.int32), boxes
+        if "annotations" not in info:
+            masks, ids = self.load_boxed_masks(image_id)
+            return Extents(ids, masks.boxes.astype(np.float64), masks.size)
+        table, chosen = info["annotations"].table, info["annotations"].indices
+        categories = [table.category_ids[category] for category in table.categories[chosen]]
+        pairs = zip(categories, table.crowds[chosen].tolist(), strict=True)
+        class_ids = [self._class_id(info["source"], *pair) for pair in pairs]
+        size = info["height"], info["width"]
+        boxes = table.bounds[chosen][:, [1, 0, 3, 2]]
+        inside = boxes.clip(0, np.tile(size, 2))
+        for n in np.flatnonzero((inside[:, 2:] - inside[:, :2]).min(axis=1, initial=2) < 2):
+            # Outlines this thin may have no pixel.
+            rle = evaluation.as_rle(info["annotations"][n]["segmentation"], *size)
+            inside[n] = utils.rle_decode_part(rle)[0]
+        return Extents(np.array(class_ids, dtype=np.int32), inside, size)
 
     def check_size(self, image_id: int) -> None:
         """Raises ValueError or OSError unless the file is as large as its annotations say."""
@@ -519,15 +539,15 @@ def choose_categories(
     content: Content,
     class_ids: Sequence[int | str] | None = None,
     class_names: Sequence[str] | None = None,
-    other_classes: bool = False,
+    only_classes: Sequence[str] | None = None,
 ) -> Choice:
     """The classes to load; see CocoDataset.load_annotations."""
-    if class_names is not None and class_ids is not None:
-        raise ValueError("the classes must be chosen by class_ids or class_names, got both")
+    if class_ids is not None and (class_names or only_classes):
+        raise ValueError("the classes must be chosen by class_ids or by names, got both")
     file, remarks = content.file, defaultdict(list)
     used = {id_key(id_) for id_ in content.annotations.category_codes}
     names, ids = read_categories(content)
-    if class_ids is None and class_names is None:
+    if class_ids is None and class_names is None and only_classes is None:
         for key in groups(content, names) - used:
             remarks["categories dropped, without annotations and only a group of others"].append(
                 names.pop(key)
@@ -542,15 +562,19 @@ def choose_categories(
         keys = [id_key(class_id) for class_id in class_ids]
         if unknown := [i for i, key in zip(class_ids, keys, strict=True) if key not in names]:
             raise ValueError(f"class_ids must be category ids of {file}, got {unknown}")
-    elif class_names is not None:
-        keys = find_names(content, names, used, class_names, other_classes)
+    elif class_names is not None or only_classes is not None:
+        keys = find_names(content, names, used, class_names, only_classes)
+        class_names = class_names or only_classes
     else:
-        keys = sorted(names, key=lambda key: (isinstance(ids[key], str), ids[key]))
+        keys = []
+        keys += sorted(names, key=lambda key: (isinstance(ids[key], str), ids[key]))
     classes = dict.fromkeys(ids, LEFT_OUT)
-    classes |= {key: n for n, key in enumerate(keys) if key is not None}
+    for position, found in enumerate(keys):
+        if found is not None and (only_classes is None or names[found] in only_classes):
+            classes[found] = position
     return Choice(
-        names=list(class_names or (names[key] for key in keys if key is not None)),
-        ids=[None if key is None else ids[key] for key in keys],
+        names=list(class_names or (names[found] for found in keys if found is not None)),
+        ids=[None if found is None else ids[found] for found in keys],
         classes=classes,
         only_with_objects=class_ids is not None,
         remarks=remarks,
@@ -561,22 +585,29 @@ def find_names(
     content: Content,
     names: dict[str, str],
     used: set[str],
-    class_names: Sequence[str],
-    other_classes: bool,
+    class_names: Sequence[str] | None,
+    only_classes: Sequence[str] | None,
 ) -> list[str | None]:
-    """The key of the category with each name, None where there is none."""
+    """The key of the category of each class, None where there is none."""
+    wanted = list(class_names or only_classes or ())
+    if len(set(wanted)) < len(wanted):
+        raise ValueError(f"the names of classes must differ, got {shortened(wanted)}")
+    known = wanted if class_names is not None else [*names.values()]
+    if unknown := [name for name in only_classes or () if name not in known]:
+        raise ValueError(
+            f"the classes must be among {shortened(known)}, got {shortened(unknown)} for"
+            f" {content.file}"
+        )
     by_name = {name.split(",")[0]: key for key, name in names.items()}
     by_name |= {name: key for key, name in names.items()}
-    keys = [by_name.get(name) for name in class_names]
+    keys = [by_name.get(name) for name in wanted]
     others = [name for key, name in names.items() if key in used and key not in keys]
-    if others and not other_classes:
+    if others and only_classes is None:
         raise ValueError(
-            f"{content.file} must have objects of no other classes than {shortened(class_names)},"
-            f" got {shortened(others)}; rename them, or leave them out (other_classes=True, on a"
-            " command line --classes)"
+            f"{content.file} must have objects of no other classes than {shortened(wanted)}, got"
+            f" {shortened(others)}; rename them, or leave them out with only_classes, on a command"
+            " line --classes"
         )
-    if len(set(class_names)) < len(class_names):
-        raise ValueError(f"class names must differ, got {shortened(class_names)}")
     return keys
 
 
