@@ -138,6 +138,14 @@ def whole(least: int) -> Callable[[str], int]:
     return parse
 
 
+def names(text: str) -> list[str]:
+    """The type of options that are names with commas between them."""
+    found = [name.strip() for name in text.split(",")]
+    if not all(found) or len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"must be names with commas between them, got {text!r}")
+    return found
+
+
 def positive(text: str) -> float:
     """The type of options that are numbers above 0."""
     value = _number(text)

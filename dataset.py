@@ -144,7 +144,7 @@ class TorchDataset(torch.utils.data.Dataset[tuple[Tensor, Target]]):
         except Exception as error:  # whatever a decoder or the user's load_mask stumbles over
             message = f"image {self.describe(image_id)} cannot be used: {error!r}"
             if not config.SKIP_UNREADABLE_IMAGES:
-                remedy = "correct or remove it, or set SKIP_UNREADABLE_IMAGES"
+                remedy = "correct or remove it, or set SKIP_UNREADABLE_IMAGES (--skip-unreadable)"
                 raise ValueError(f"{message}; {remedy}") from error
             self._log_once(image_id, logging.WARNING, f"{message}; another takes its place")
             return None
