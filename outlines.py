@@ -140,7 +140,7 @@ def mask_polygons(rle: dict[str, Any], tolerance: float = 1.0) -> list[list[floa
         polygons = [join([simplify(ring, limit) for ring in rings]) for rings in borders]
         if not limit or _iou(polygons, part) >= LEAST_IOU:
             break
-    return [(polygon + (left, top)).ravel().tolist() for polygon in polygons]
+    return [np.add(polygon, (left, top)).ravel().tolist() for polygon in polygons]
 
 
 def _iou(polygons: Sequence[np.ndarray], part: np.ndarray) -> float:
