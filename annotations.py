@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+import image_files
 import utils
 from boxed_masks import BoxedMasks
 from coco_dataset import LoadSummary, Remarks
@@ -469,8 +470,8 @@ def usable_images(entries: Iterable[Entry], remarks: Remarks) -> Iterator[tuple[
         if kept is None:
             continue
         try:
-            size = utils.upright_size(kept.path)
-        except Exception as error:  # image decoders raise whatever they stumble over
+            size = image_files.read_size(kept.path)
+        except (OSError, ValueError) as error:
             remarks["images dropped, unreadable"].append(f"{kept.name} ({error})")
             continue
         if kept.size is not None and kept.size != size:

@@ -15,7 +15,7 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,10 +27,10 @@ class Config:
     NAME: str = "maskrcnn"
 
     # ---------------------------------------------------------------- hardware and batches
-    # GPUs that share a batch; 0 for the CPU. Only BATCH_SIZE depends on it: a model lives where
-    # model.to(device) puts it.
+    # Matterport's. detect() takes GPU_COUNT times IMAGES_PER_GPU images at once (0 counts as 1). A
+    # model lives where model.to(device) puts it, and torchrun trains on several GPUs.
     GPU_COUNT: int = 1
-    # Images in one batch of a GPU (or of the CPU), in training and in detect().
+    # Images in a batch, of each process in training.
     IMAGES_PER_GPU: int = 2
 
     # ---------------------------------------------------------------- input images
@@ -48,6 +48,10 @@ class Config:
     # Colour channels: 3 RGB, 1 grey, 4 RGB-D, ...; MEAN_PIXEL needs as many numbers.
     IMAGE_CHANNEL_COUNT: int = 3
     MEAN_PIXEL: Sequence[float] = (123.7, 116.8, 103.9)
+    # How values of more than 8 bits become 0..255. None: all that 16 bits can hold. 8 to 16: only
+    # so many bits are used, e.g. 12 of a camera's. "auto": from the image's 0.1st to its 99.9th
+    # percentile, each image for itself.
+    IMAGE_BIT_DEPTH: int | str | None = None
 
     # ---------------------------------------------------------------- backbone and pyramid
     # "resnet50", "resnet101", a dict for other depths and widths of the same network, e.g.
@@ -62,19 +66,23 @@ class Config:
     # MEAN_PIXEL; "torchvision" has it in the 3x3 convolution, eps 1e-5, and inputs scaled by
     # torchvision's own mean and std.
     BACKBONE_STYLE: str = "keras"
+    # Channels of P2..P6, and of the mask head.
     TOP_DOWN_PYRAMID_SIZE: int = 256
     # Where load_weights("imagenet") reads; None finds or downloads torchvision's file.
     IMAGENET_MODEL_PATH: str | None = None
 
     # ---------------------------------------------------------------- region proposals
+    # Channels of the convolution that the RPN's two outputs share.
     RPN_CHANNELS: int = 512
     # Sides of the square anchor of each pyramid level, and width / height of its variants.
     RPN_ANCHOR_SCALES: Sequence[float] = (32, 64, 128, 256, 512)
     RPN_ANCHOR_RATIOS: Sequence[float] = (0.5, 1, 2)
     # 1: anchors in each cell of a feature map, 2: in every other one.
     RPN_ANCHOR_STRIDE: int = 1
+    # What deltas are divided by, so that the network learns numbers around 1.
     RPN_BBOX_STD_DEV: Sequence[float] = (0.1, 0.1, 0.2, 0.2)
-    # Anchors by score kept before, and proposals kept after non-maximum suppression.
+    # Anchors that non-maximum suppression begins with, the best by score; the IoU from which on the
+    # lesser of two goes; and how many proposals it leaves.
     PRE_NMS_LIMIT: int = 6000
     RPN_NMS_THRESHOLD: float = 0.7
     POST_NMS_ROIS_TRAINING: int = 2000
@@ -86,10 +94,15 @@ class Config:
     # Their names, the background's first. Training takes them from the data set, so that
     # checkpoints know them.
     CLASS_NAMES: Sequence[str] | None = None
+    # Sides of the crops that the classifier and the mask head see.
     POOL_SIZE: int = 7
     MASK_POOL_SIZE: int = 14
+    # Channels of the classifier's two hidden layers.
     FPN_CLASSIF_FC_LAYERS_SIZE: int = 1024
+    # As RPN_BBOX_STD_DEV, for the classifier.
     BBOX_STD_DEV: Sequence[float] = (0.1, 0.1, 0.2, 0.2)
+    # Most detections of an image, their least score, and the IoU above which the lesser of two of a
+    # class goes.
     DETECTION_MAX_INSTANCES: int = 100
     DETECTION_MIN_CONFIDENCE: float = 0.7
     DETECTION_NMS_THRESHOLD: float = 0.3
@@ -112,6 +125,7 @@ class Config:
     GRADIENT_ACCUMULATION: int = 1
     # "sgd", as Matterport, or "adamw", which gets further in a short training of a new network.
     OPTIMIZER: str = "sgd"
+    # What coco.py gives to train_model, which takes a rate for each stage.
     LEARNING_RATE: float = 0.001
     # The learning rate rises linearly in the first WARMUP_STEPS of a stage. Then it is "constant",
     # falls to 0 as a "cosine", or to a tenth at each of LR_STEPS, shares of the stage ("step").
@@ -121,6 +135,7 @@ class Config:
     # Momentum of SGD, first beta of AdamW.
     LEARNING_MOMENTUM: float = 0.9
     WEIGHT_DECAY: float = 0.0001
+    # The norm that the gradient of a step is cut down to.
     GRADIENT_CLIP_NORM: float = 5.0
     # Computing in 16 bits where that is good enough: "bf16", "fp16", or None for 32 bits.
     AMP: str | None = None
@@ -130,8 +145,10 @@ class Config:
     KEEP_CHECKPOINTS: int = 5
     # Epochs from one evaluation of train_model(evaluate=...) to the next.
     EVALUATE_EVERY: int = 1
-    # Epochs without a better segm_AP (or val_loss, without evaluation) that end a training.
+    # Epochs without a better segm_AP (or val_loss, without evaluation) that end a stage; without
+    # either of the two nothing does.
     EARLY_STOPPING: int | None = None
+    # What each loss is multiplied with; 1 for those that are not there.
     LOSS_WEIGHTS: dict[str, float] = {  # noqa: RUF012 - an option, replaced and never changed
         "rpn_class_loss": 1.0,
         "rpn_bbox_loss": 1.0,
@@ -153,10 +170,12 @@ class Config:
     # Proposals sampled per image to train the heads, and the share of positive ones.
     TRAIN_ROIS_PER_IMAGE: int = 200
     ROI_POSITIVE_RATIO: float = 0.33
-    # False trains the heads on boxes that the data set brings instead of on the proposals.
+    # False: the heads learn from the `rois` of the targets instead of from proposals. For a loop of
+    # your own, since TorchDataset gives none.
     USE_RPN_ROIS: bool = True
+    # Most objects of a training image; others are left out at random.
     MAX_GT_INSTANCES: int = 100
-    # Keep instance masks cut to their box and resized, instead of at the image's size.
+    # True: targets hold masks cut to their boxes and resized, instead of at the image's size.
     USE_MINI_MASK: bool = True
     MINI_MASK_SHAPE: Sequence[int] = (56, 56)
     # False: an image without objects is a negative, all of it background. True: another image
@@ -179,9 +198,11 @@ class Config:
         """
         for name, value in options.items():
             if name in _DERIVED:
-                raise TypeError(f"{name} is no option: it follows from {_DERIVED[name]}")
+                raise TypeError(f"{name} is not an option: it follows from {_DERIVED[name]}")
+            if name in REPLACED:
+                raise TypeError(f"{name} is no longer an option; use {REPLACED[name]}")
             if not self.has_option(name):
-                raise TypeError(f"{name} is no option of Config{_did_you_mean(name)}")
+                raise TypeError(f"{name} is not an option of Config{_did_you_mean(name)}")
             setattr(self, name, value)
 
     @classmethod
@@ -191,7 +212,7 @@ class Config:
 
     @classmethod
     def unset(cls, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of some options that there are, and that this class leaves as Config has them."""
+        """Those of some options that exist, and that no sub-class of Config sets itself."""
         own = {name for base in cls.__mro__ if base not in Config.__mro__ for name in vars(base)}
         return {n: v for n, v in options.items() if cls.has_option(n) and n not in own}
 
@@ -224,7 +245,7 @@ class Config:
 
     @property
     def resize_options(self) -> dict[str, Any]:
-        """How utils.resize_image makes the network's input of an image."""
+        """Arguments of utils.resize_image."""
         return {
             "min_dim": self.IMAGE_MIN_DIM,
             "max_dim": self.IMAGE_MAX_DIM,
@@ -241,7 +262,7 @@ class Config:
         return [(math.ceil(height / s), math.ceil(width / s)) for s in self.BACKBONE_STRIDES]
 
     def anchor_options(self, image_shape: Sequence[int]) -> dict[str, Any]:
-        """How utils.generate_pyramid_anchors makes the anchors of a network input."""
+        """Arguments of utils.generate_pyramid_anchors, for a network input of (height, width)."""
         return {
             "scales": self.RPN_ANCHOR_SCALES,
             "ratios": self.RPN_ANCHOR_RATIOS,
@@ -275,99 +296,26 @@ class Config:
         """
         for name, source in _DERIVED.items():
             if not isinstance(inspect.getattr_static(type(self), name), property):
-                raise ValueError(f"{name} is no option: it follows from {source}; leave it out")
+                raise ValueError(f"{name} is not an option: it follows from {source}; leave it out")
         for name in self.to_dict():
             if name in REPLACED:
-                raise ValueError(f"{name} is no option any more; use {REPLACED[name]}")
+                raise ValueError(f"{name} is no longer an option; use {REPLACED[name]}")
             if not hasattr(Config, name) and _did_you_mean(name):
-                raise ValueError(f"{name} is no option of Config{_did_you_mean(name)}")
-        self._validate_numbers()
+                raise ValueError(f"{name} is not an option of Config{_did_you_mean(name)}")
+        self._validate_values()
         self._validate_image()
         self._validate_network()
 
-    def _validate_numbers(self) -> None:
-        def check(condition: Callable[[Any], bool], expectation: str, *names: str) -> None:
-            for name in names:
+    def _validate_values(self) -> None:
+        for rule in RULES:
+            for name in rule.names.split():
                 value = getattr(self, name)
                 try:
-                    right = condition(value)
-                except (TypeError, ValueError):  # no number, or no list, where one belongs
-                    right = False
-                if not right:
-                    raise ValueError(f"{name} must be {expectation}, got {value!r}")
-
-        def whole(value: Any, least: int) -> bool:
-            return isinstance(value, (int, np.integer)) and int(value) >= least
-
-        check(lambda v: bool(v) and isinstance(v, str), "a name, not empty", "NAME")
-        check(
-            lambda v: whole(v, 0),
-            "a whole number from 0",
-            *("GPU_COUNT", "SEED", "VALIDATION_STEPS", "WARMUP_STEPS"),
-        )
-        check(lambda v: v is None or whole(v, 0), "a whole number from 0, or None", "NUM_WORKERS")
-        check(
-            lambda v: whole(v, 1),
-            "a whole number from 1",
-            *("IMAGES_PER_GPU", "IMAGE_CHANNEL_COUNT", "NUM_CLASSES", "TOP_DOWN_PYRAMID_SIZE"),
-            *("RPN_CHANNELS", "RPN_ANCHOR_STRIDE", "PRE_NMS_LIMIT", "POST_NMS_ROIS_TRAINING"),
-            *("POST_NMS_ROIS_INFERENCE", "POOL_SIZE", "MASK_POOL_SIZE", "MAX_GT_INSTANCES"),
-            *("FPN_CLASSIF_FC_LAYERS_SIZE", "DETECTION_MAX_INSTANCES", "STEPS_PER_EPOCH"),
-            *("RPN_TRAIN_ANCHORS_PER_IMAGE", "TRAIN_ROIS_PER_IMAGE", "GRADIENT_ACCUMULATION"),
-            *("KEEP_CHECKPOINTS", "EVALUATE_EVERY"),
-        )
-        check(
-            lambda v: 0 <= v <= 1,
-            "in 0..1",
-            *("RPN_NMS_THRESHOLD", "DETECTION_NMS_THRESHOLD", "DETECTION_MIN_CONFIDENCE"),
-            *("ROI_POSITIVE_RATIO", "LEARNING_MOMENTUM", "RPN_POSITIVE_IOU", "RPN_NEGATIVE_IOU"),
-            *("ROI_POSITIVE_IOU", "CROWD_IOU"),
-        )
-        check(
-            lambda v: v is None or whole(v, 1),
-            "a whole number from 1, or None",
-            *("IMAGE_MIN_DIM", "IMAGE_MAX_DIM", "EARLY_STOPPING"),
-        )
-        check(
-            lambda v: v in (True, False),
-            "True or False",
-            *("TRAIN_BN", "USE_RPN_ROIS", "USE_MINI_MASK", "COMPILE", "DETECTION_PER_CLASS"),
-            *("CPU_WINOGRAD", "SKIP_EMPTY_IMAGES", "SKIP_UNREADABLE_IMAGES"),
-        )
-        check(lambda v: v in ("sgd", "adamw"), "'sgd' or 'adamw'", "OPTIMIZER")
-        check(
-            lambda v: v in ("constant", "cosine", "step"),
-            "'constant', 'cosine' or 'step'",
-            "LR_SCHEDULE",
-        )
-        check(lambda v: all(0 < n < 1 for n in v), "numbers between 0 and 1", "LR_STEPS")
-        check(lambda v: v in (None, "bf16", "fp16"), "'bf16', 'fp16' or None", "AMP")
-        check(lambda v: v > 0, "above 0", "LEARNING_RATE", "GRADIENT_CLIP_NORM")
-        check(lambda v: v >= 0, "0 or more", "WEIGHT_DECAY", "IMAGE_MIN_SCALE")
-        check(
-            lambda v: len(v) == 4 and min(v) > 0,
-            "four numbers above 0",
-            *("RPN_BBOX_STD_DEV", "BBOX_STD_DEV"),
-        )
-        check(
-            lambda v: len(v) == 2 and all(whole(n, 1) for n in v),
-            "(height, width), whole numbers",
-            "MINI_MASK_SHAPE",
-        )
-        check(lambda v: len(v) == 5 and min(v) > 0, "five numbers above 0", "RPN_ANCHOR_SCALES")
-        check(lambda v: min(v) > 0, "one or more numbers above 0", "RPN_ANCHOR_RATIOS")
-        check(lambda v: len(v) >= 1 and sum(v) >= 0, "a number per channel", "MEAN_PIXEL")
-        check(
-            lambda v: v is None or len(v) == self.NUM_CLASSES,
-            f"None or a list of NUM_CLASSES = {self.NUM_CLASSES} names",
-            "CLASS_NAMES",
-        )
-        check(lambda v: v is None or callable(v), "a function or None", "COMPUTE_BACKBONE_SHAPE")
-        check(
-            lambda v: set(v) == set(Config.LOSS_WEIGHTS) and min(v.values()) >= 0,
-            f"a dict of weights of 0 or more for {', '.join(Config.LOSS_WEIGHTS)}",
-            "LOSS_WEIGHTS",
-        )
+                    holds = rule.holds(value)
+                except (TypeError, ValueError, AttributeError, OverflowError):
+                    holds = False  # no number, or no list, where one belongs
+                if not holds:
+                    raise ValueError(f"{name} must be {rule.expectation}, got {value!r:.200}")
 
     def _validate_image(self) -> None:
         modes = ("none", "square", "pad64", "crop")
@@ -396,22 +344,28 @@ class Config:
 
     def _validate_network(self) -> None:
         if isinstance(self.BACKBONE, dict):
-            blocks, width = self.BACKBONE.get("blocks", ()), self.BACKBONE.get("width")
-            numbers = [*blocks, width]
-            whole = all(isinstance(number, int) and number >= 1 for number in numbers)
-            if set(self.BACKBONE) != {"blocks", "width"} or len(blocks) != 4 or not whole:
+            blocks, width = self.BACKBONE.get("blocks"), self.BACKBONE.get("width")
+            numbers = [*blocks, width] if isinstance(blocks, Sequence) else []
+            whole = all(isinstance(number, int) and 1 <= number <= 1000 for number in numbers)
+            if set(self.BACKBONE) != {"blocks", "width"} or len(numbers) != 5 or not whole:
                 raise ValueError(
-                    "BACKBONE as a dict must be {'blocks': (four numbers from 1), 'width':"
-                    f" channels of C1}}, got {self.BACKBONE!r}"
+                    "BACKBONE as a dict must be {'blocks': (four numbers in 1..1000), 'width':"
+                    f" channels of C1 in 1..1000}}, got {self.BACKBONE!r:.200}"
                 )
         elif self.BACKBONE not in ("resnet50", "resnet101") and not callable(self.BACKBONE):
             raise ValueError(
                 "BACKBONE must be 'resnet50', 'resnet101', a dict such as {'blocks': (2, 2, 2, 2),"
                 f" 'width': 32}} or a callable, got {self.BACKBONE!r}"
             )
-        if self.BACKBONE_STYLE not in ("keras", "torchvision"):
+        if self.CLASS_NAMES is not None and len(self.CLASS_NAMES) != self.NUM_CLASSES:
             raise ValueError(
-                f"BACKBONE_STYLE must be 'keras' or 'torchvision', got {self.BACKBONE_STYLE!r}"
+                f"CLASS_NAMES must be None or a list of NUM_CLASSES = {self.NUM_CLASSES} names,"
+                f" got {self.CLASS_NAMES!r:.200}"
+            )
+        if self.RPN_NEGATIVE_IOU > self.RPN_POSITIVE_IOU:
+            raise ValueError(
+                "RPN_NEGATIVE_IOU must not exceed RPN_POSITIVE_IOU, got"
+                f" {self.RPN_NEGATIVE_IOU} and {self.RPN_POSITIVE_IOU}"
             )
         if self.BACKBONE_STYLE == "torchvision" and self.IMAGE_CHANNEL_COUNT != 3:
             raise ValueError(
@@ -424,6 +378,123 @@ def are_network_sides(*sides: int) -> bool:
     """Whether these may be sides of a network input: multiples of P6's stride, 64."""
     return all(side > 0 and side % 64 == 0 for side in sides)
 
+
+def _whole(least: int, most: float = math.inf) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, (int, np.integer)) and least <= int(v) <= most
+
+
+def _one_of(*values: Any) -> Callable[[Any], bool]:
+    return lambda v: v in values
+
+
+def _or_none(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda v: v is None or holds(v)
+
+
+def _all_positive(values: Any) -> bool:
+    return all(0 < number < math.inf for number in values)
+
+
+class Rule(NamedTuple):
+    """What each of some options must be."""
+
+    names: str  # with spaces between
+    expectation: str
+    holds: Callable[[Any], bool]
+
+
+# What a network is made of has an upper bound, since a checkpoint brings options that someone else
+# chose, and the memory for ten times as much is not to be had.
+RULES = (
+    Rule("NAME", "a name, not empty", lambda v: isinstance(v, str) and v != ""),
+    Rule("GPU_COUNT SEED VALIDATION_STEPS WARMUP_STEPS", "a whole number from 0", _whole(0)),
+    Rule("NUM_WORKERS", "a whole number in 0..1000, or None", _or_none(_whole(0, 1000))),
+    Rule(
+        "STEPS_PER_EPOCH GRADIENT_ACCUMULATION KEEP_CHECKPOINTS EVALUATE_EVERY",
+        "a whole number from 1",
+        _whole(1),
+    ),
+    Rule("EARLY_STOPPING", "a whole number from 1, or None", _or_none(_whole(1))),
+    Rule("RPN_ANCHOR_STRIDE", "a whole number in 1..64", _whole(1, 64)),
+    Rule("POOL_SIZE MASK_POOL_SIZE", "a whole number in 1..256", _whole(1, 256)),
+    Rule("IMAGE_CHANNEL_COUNT", "a whole number in 1..1000", _whole(1, 1000)),
+    Rule(
+        "TOP_DOWN_PYRAMID_SIZE RPN_CHANNELS FPN_CLASSIF_FC_LAYERS_SIZE",
+        "a whole number in 1..16384",
+        _whole(1, 16384),
+    ),
+    Rule("NUM_CLASSES IMAGES_PER_GPU", "a whole number in 1..100000", _whole(1, 100_000)),
+    Rule(
+        "PRE_NMS_LIMIT POST_NMS_ROIS_TRAINING POST_NMS_ROIS_INFERENCE MAX_GT_INSTANCES"
+        " DETECTION_MAX_INSTANCES RPN_TRAIN_ANCHORS_PER_IMAGE TRAIN_ROIS_PER_IMAGE",
+        "a whole number in 1..10000000",
+        _whole(1, 10_000_000),
+    ),
+    Rule(
+        "IMAGE_MIN_DIM IMAGE_MAX_DIM",
+        "a whole number in 1..16384, or None",
+        _or_none(_whole(1, 16384)),
+    ),
+    Rule(
+        "RPN_NMS_THRESHOLD DETECTION_NMS_THRESHOLD DETECTION_MIN_CONFIDENCE"
+        " RPN_POSITIVE_IOU RPN_NEGATIVE_IOU ROI_POSITIVE_IOU CROWD_IOU",
+        "in 0..1",
+        lambda v: 0 <= v <= 1,
+    ),
+    Rule("ROI_POSITIVE_RATIO", "above 0 and at most 1", lambda v: 0 < v <= 1),
+    Rule("LEARNING_MOMENTUM", "from 0 and below 1", lambda v: 0 <= v < 1),
+    Rule("LEARNING_RATE", "above 0 and finite", lambda v: 0 < v < math.inf),
+    Rule("GRADIENT_CLIP_NORM", "above 0", lambda v: v > 0),
+    Rule("WEIGHT_DECAY", "0 or more, and finite", lambda v: 0 <= v < math.inf),
+    Rule("IMAGE_MIN_SCALE", "in 0..100", lambda v: 0 <= v <= 100),
+    Rule(
+        "TRAIN_BN USE_RPN_ROIS USE_MINI_MASK COMPILE DETECTION_PER_CLASS CPU_WINOGRAD"
+        " SKIP_EMPTY_IMAGES SKIP_UNREADABLE_IMAGES",
+        "True or False",
+        _one_of(True, False),
+    ),
+    Rule("OPTIMIZER", "'sgd' or 'adamw'", _one_of("sgd", "adamw")),
+    Rule("LR_SCHEDULE", "'constant', 'cosine' or 'step'", _one_of("constant", "cosine", "step")),
+    Rule("LR_STEPS", "numbers between 0 and 1", lambda v: all(0 < n < 1 for n in v)),
+    Rule("AMP", "'bf16', 'fp16' or None", _one_of("bf16", "fp16", None)),
+    Rule("BACKBONE_STYLE", "'keras' or 'torchvision'", _one_of("keras", "torchvision")),
+    Rule(
+        "IMAGE_BIT_DEPTH",
+        "a whole number from 8 to 16, 'auto' or None",
+        lambda v: v in (None, "auto") or _whole(8, 16)(v),
+    ),
+    Rule(
+        "RPN_BBOX_STD_DEV BBOX_STD_DEV",
+        "four numbers above 0, and finite",
+        lambda v: len(v) == 4 and _all_positive(v),
+    ),
+    Rule(
+        "MINI_MASK_SHAPE",
+        "(height, width), whole numbers in 1..4096",
+        lambda v: len(v) == 2 and all(map(_whole(1, 4096), v)),
+    ),
+    Rule(
+        "RPN_ANCHOR_SCALES",
+        "five numbers above 0, and finite",
+        lambda v: len(v) == 5 and _all_positive(v),
+    ),
+    Rule(
+        "RPN_ANCHOR_RATIOS",
+        "1 to 100 numbers above 0, and finite",
+        lambda v: 1 <= len(v) <= 100 and _all_positive(v),
+    ),
+    Rule(
+        "MEAN_PIXEL",
+        "a finite number per channel",
+        lambda v: len(v) >= 1 and all(map(math.isfinite, v)),
+    ),
+    Rule("COMPUTE_BACKBONE_SHAPE", "a function or None", _or_none(callable)),
+    Rule(
+        "LOSS_WEIGHTS",
+        f"a dict of finite weights of 0 or more for some of {', '.join(Config.LOSS_WEIGHTS)}",
+        lambda v: set(v) <= set(Config.LOSS_WEIGHTS) and all(0 <= w < math.inf for w in v.values()),
+    ),
+)
 
 # Options of Matterport's and the port's Config, and what took their place.
 REPLACED = {

@@ -947,7 +947,8 @@ class MaskRCNN(nn.Module):
             "mrcnn_bbox_loss": mrcnn_bbox_loss(deltas, class_ids, class_deltas),
             "mrcnn_mask_loss": mrcnn_mask_loss(masks, mask_logits),
         }
-        return {name: self.config.LOSS_WEIGHTS[name] * loss for name, loss in losses.items()}
+        factors = self.config.LOSS_WEIGHTS
+        return {name: factors.get(name, 1.0) * loss for name, loss in losses.items()}
 
     # --- Weights
 
@@ -1094,7 +1095,7 @@ class MaskRCNN(nn.Module):
         callbacks: Sequence[training.Callback] = (),
         evaluate: Callable[["MaskRCNN"], dict[str, float]] | None = None,
     ) -> None:
-        """Trains one stage; the README says what it leaves in log_dir.
+        """Trains one stage; docs/training.md says what it leaves in log_dir.
 
         Args:
             train_dataset: prepared.

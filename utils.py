@@ -18,6 +18,11 @@ from torch import Tensor
 
 from config import Config, are_network_sides
 
+# Notebooks write utils.load_image.
+from image_files import as_uint8_image as as_uint8_image
+from image_files import load_image as load_image
+from image_files import read_size as upright_size  # noqa: F401 - of coco_dataset and annotations
+
 logger = logging.getLogger(__name__)
 
 
@@ -213,111 +218,6 @@ def generate_pyramid_anchors(
 
 
 # --- Images --------------------------------------------------------------------------------------
-
-
-def load_image(path: str | Path, channel_count: int = 3) -> np.ndarray:
-    """Reads an image file, upright as its EXIF orientation says.
-
-    Args:
-        path: any file that pillow reads.
-        channel_count: 3 turns gray, palette and CMYK into RGB and drops alpha; 1 makes gray.
-
-    Returns:
-        [H, W, channel_count] uint8, RGB for 3.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not a readable image, or has other channels.
-    """
-    from PIL import Image, ImageOps
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"image file {path} does not exist; check the path")
-    try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode in ("P", "PA", "LA"):
-                picture = picture.convert("RGBA")
-            elif picture.mode not in ("1", "L", "I", "I;16", "I;16B", "F", "RGB", "RGBA"):
-                picture = picture.convert("RGB")
-            if channel_count == 1 and picture.mode in ("RGB", "RGBA"):
-                picture = picture.convert("L")
-            image = np.array(picture)
-            is_png = file.format == "PNG"
-        if picture.mode == "I" and is_png:
-            image = image.astype(np.uint16)  # how older pillow opens 16-bit gray
-        return as_uint8_image(image, channel_count)
-    except Exception as error:  # pillow's decoders raise whatever they stumble over
-        raise ValueError(f"image file {path} cannot be used: {error}") from error
-
-
-def upright_size(path: str | Path) -> tuple[int, int]:
-    """Height and width of an image file as its EXIF orientation says; reads the header alone."""
-    from PIL import Image
-
-    with Image.open(path) as picture:
-        width, height = picture.size
-        turned = picture.getexif().get(0x0112, 1) >= 5  # Orientation: 5 to 8 are on their side
-    return (width, height) if turned else (height, width)
-
-
-def as_uint8_image(image: np.ndarray, channel_count: int = 3) -> np.ndarray:
-    """Brings an image array to uint8 with channel_count channels, or says what is wrong with it.
-
-    Args:
-        image: [H, W] or [H, W, C]. uint8 stays as it is; bool becomes 0 and 255; uint16 is scaled
-            by 255 / 65535; float is expected in 0..1 and scaled by 255; other integers are
-            expected in 0..255.
-        channel_count: for 3, one channel is repeated and a fourth (alpha) is dropped; otherwise
-            C must be channel_count.
-
-    Returns:
-        [H, W, channel_count] uint8, contiguous; the argument itself where nothing has to change.
-
-    Raises:
-        TypeError: not a numpy array of numbers.
-        ValueError: other shape, channels or values.
-    """
-    if not isinstance(image, np.ndarray):
-        remedy = ".permute(1, 2, 0).cpu().numpy()" if isinstance(image, Tensor) else "np.asarray"
-        kind = f"{type(image).__module__}.{type(image).__qualname__}"
-        raise TypeError(f"an image must be a numpy array [H, W, C], got {kind}; use {remedy}")
-    shape = image.shape
-    if image.ndim not in (2, 3) or image.size == 0:
-        raise ValueError(
-            f"an image must be a non-empty array [H, W] or [H, W, C], got shape {shape}; "
-            "pass a batch as a list of images"
-        )
-    if image.ndim == 2:
-        image = image[:, :, None]
-    if channel_count == 3 and image.shape[2] == 1:
-        image = image.repeat(3, axis=2)
-    elif channel_count == 3 and image.shape[2] == 4:
-        image = image[:, :, :3]
-    elif image.shape[2] != channel_count:
-        raise ValueError(
-            f"an image must have {channel_count} channels in its last axis, got shape {shape}; "
-            "reorder the axes or set IMAGE_CHANNEL_COUNT"
-        )
-
-    kind = image.dtype.kind
-    if kind == "b":
-        image = image.astype(np.uint8) * np.uint8(255)
-    elif kind == "u" and image.dtype.itemsize == 2:
-        image = (image.astype(np.uint32) + 128) // 257  # 65535 / 255 = 257: no ties
-    elif kind in "iuf":
-        limit = 1 if kind == "f" else 255
-        low, high = image.min(), image.max()
-        if not (low >= 0 and high <= limit):  # so that NaN fails
-            raise ValueError(
-                f"an image of {image.dtype} must have values in 0..{limit}, got {low:g}..{high:g};"
-                " rescale it, or convert values in 0..255 with image.astype(np.uint8)"
-            )
-        if kind == "f":
-            image = np.rint(image * np.float64(255))
-    else:
-        raise TypeError(f"an image must hold numbers, got dtype {image.dtype}; use np.uint8")
-    return np.ascontiguousarray(image, dtype=np.uint8)
 
 
 def _taps(size: int, new_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -763,6 +663,9 @@ class Dataset:
     Internal class and image ids count from 0; class 0 is the background.
     """
 
+    # How load_image scales files of more than 8 bits: as the option IMAGE_BIT_DEPTH.
+    bit_depth: int | str | None = None
+
     num_classes: int
     class_ids: np.ndarray
     class_names: list[str]
@@ -878,8 +781,8 @@ class Dataset:
         return self.image_info[image_id]["path"]
 
     def load_image(self, image_id: int) -> np.ndarray:
-        """The image [H, W, 3] uint8, RGB, see utils.load_image."""
-        return load_image(self.image_info[image_id]["path"])
+        """The image [H, W, 3] uint8, RGB, see image_files.load_image."""
+        return load_image(self.image_info[image_id]["path"], bit_depth=self.bit_depth)
 
     def load_mask(self, image_id: int) -> tuple[np.ndarray, np.ndarray]:
         """Masks [H, W, N] bool and class ids [N] int32 of an image: none, unless overridden.

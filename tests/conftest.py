@@ -13,10 +13,20 @@ from config import Config
 os.environ.setdefault("MPLBACKEND", "agg")
 
 ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "tests" / "data"
 SHARED = ROOT.parent / "shared"
-needs_shared = pytest.mark.skipif(
-    not SHARED.is_dir(), reason="the reference data folder ../shared is not there"
-)
+# Tests of files in ../shared, which a clone of the repository lacks: @needs_shared, or
+# @needs_shared("golden/photo1.jpg"). `pytest -m needs_shared` runs them alone.
+needs_shared = pytest.mark.needs_shared
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        for mark in item.iter_markers("needs_shared"):
+            missing = [path for path in mark.args or [""] if not (SHARED / path).exists()]
+            if missing:
+                path = Path("../shared", missing[0])
+                item.add_marker(pytest.mark.skip(reason=f"{path} of the reference is not there"))
 
 
 class SmallConfig(Config):
@@ -43,33 +53,15 @@ class TinyNetwork(Config):
     RPN_ANCHOR_SCALES = (8, 16, 32, 64, 128)
 
 
-class Golden:
-    """Arrays of the Keras reference: ../shared/golden where it is, else the part in tests/data.
-
-    Looking up an array that is in neither skips the calling test.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.arrays: dict[str, np.ndarray] = {}
-        for folder in (ROOT / "tests" / "data", SHARED / "golden"):
-            if (folder / name).is_file():
-                with np.load(folder / name) as file:  # closed: a skip keeps this object alive
-                    self.arrays.update(file)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.arrays
-
-    def __getitem__(self, key: str) -> np.ndarray:
-        if key not in self.arrays:
-            pytest.skip(f"{key} of the reference file {self.name} is not there")
-        return self.arrays[key]
-
-
 @functools.cache
-def load_golden(name: str) -> Golden:
-    """One of the reference's files, e.g. "training_side.npz"."""
-    return Golden(name)
+def load_golden(name: str, folder: Path = DATA) -> dict[str, np.ndarray]:
+    """Arrays of the Keras reference, e.g. of "training_side.npz".
+
+    The part in tests/data is all that a test may ask for, so that no test depends on where it
+    runs; those marked needs_shared have the whole file in SHARED / "golden".
+    """
+    with np.load(folder / name) as file:
+        return dict(file)
 
 
 @pytest.fixture(scope="session")

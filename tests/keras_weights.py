@@ -82,11 +82,19 @@ def kernel(name, layer, shape):
     return centred * (gain(name, layer) * np.sqrt(6.0 / fan_in) / 32768.0)
 
 
+def shapes(layer, shape):
+    """{weight: shape} of a layer."""
+    if isinstance(shape, tuple):
+        outputs = shape[-2] if layer == "mrcnn_mask_deconv" else shape[-1]
+        return {"kernel": shape, "bias": (outputs,)}
+    return dict.fromkeys(("gamma", "beta", "moving_mean", "moving_variance"), (shape,))
+
+
 def arrays(name, layer, shape):
     """{weight: array} of a layer."""
     if isinstance(shape, tuple):
-        outputs = shape[-2] if layer == "mrcnn_mask_deconv" else shape[-1]
-        bias = 0.05 * gain(name, layer) * (whole_numbers(layer, "bias", (outputs,)) / 32768.0)
+        outputs = shapes(layer, shape)["bias"]
+        bias = 0.05 * gain(name, layer) * (whole_numbers(layer, "bias", outputs) / 32768.0)
         if layer == "mrcnn_class_logits":
             bias[0] += BACKGROUND[name]
         return {"kernel": kernel(name, layer, shape), "bias": bias}
@@ -103,16 +111,38 @@ def arrays(name, layer, shape):
     }
 
 
-def write_h5(name, path):
-    """Writes the weights of configuration "coco" or "small" as Keras' save_weights does."""
+def create_sparse(group, name, shape):
+    """An array of zeros whose space in the file is there, and takes none on the disk."""
+    options = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    options.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    options.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    folder, _, leaf = name.rpartition("/")
+    space = h5py.h5s.create_simple(shape)
+    where = group.require_group(folder).id
+    h5py.h5d.create(where, leaf.encode(), h5py.h5t.IEEE_F32LE, space, options)
+
+
+def write_h5(name, path, only=None, empty=False):
+    """Writes the weights of configuration "coco" or "small" as Keras' save_weights does.
+
+    Args:
+        only: whether to write a layer, a function of its name; all if None.
+        empty: zeros, which take neither time nor space.
+    """
     with h5py.File(path, "w") as file:
         groups = []
         for layer, shape in layers(name):
+            if only and not only(layer):
+                continue
             group_name = "rpn_model" if layer.startswith("rpn_") else layer
             group = file.require_group(group_name)
             names = list(group.attrs.get("weight_names", []))
-            for weight, array in arrays(name, layer, shape).items():
-                group.create_dataset(f"{layer}/{weight}:0", data=array.astype(np.float32))
+            values = {} if empty else arrays(name, layer, shape)
+            for weight, size in shapes(layer, shape).items():
+                if empty:
+                    create_sparse(group, f"{layer}/{weight}:0", size)
+                else:
+                    group[f"{layer}/{weight}:0"] = values[weight].astype(np.float32)
                 names.append(f"{layer}/{weight}:0".encode())
             group.attrs["weight_names"] = np.array(names, dtype="S")
             if group_name not in groups:

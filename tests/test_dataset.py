@@ -627,14 +627,11 @@ def test_collate_pads_images_of_several_sizes(mini):
 # --- Real data -----------------------------------------------------------------------------------
 
 
-@needs_shared
+@needs_shared("data/nuclei")
 def test_nuclei():
     """Real images through the loader: what comes out is what the annotation file says."""
     folder = SHARED / "data" / "nuclei"
-    path = next(folder.rglob("instances_val.json"), None)
-    if path is None:
-        pytest.skip("the nuclei data set is not there")
-    content = json.loads(path.read_text())
+    content = json.loads((folder / "instances_val.json").read_text())
     by_image = {}
     for annotation in content["annotations"]:
         by_image.setdefault(annotation["image_id"], []).append(annotation["segmentation"])

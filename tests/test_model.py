@@ -119,7 +119,9 @@ def test_roi_align_of_the_reference():
 
 def test_proposals_of_the_reference():
     golden = load_golden("training_side.npz")
-    anchors = torch.from_numpy(golden["anchors/256/boxes_norm"])
+    scales, shapes = (8, 16, 32, 64, 128), golden["anchors/256/backbone_shapes"]
+    pixels = utils.generate_pyramid_anchors(scales, (0.5, 1, 2), shapes, (4, 8, 16, 32, 64), 1)
+    anchors = torch.from_numpy(utils.norm_boxes(pixels, (256, 256)))
     out = golden["proposal_layer/out300"]
     count = len(anchors)
     foreground = uniform("prop/s", (2, count)).astype(np.float32)

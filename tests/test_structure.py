@@ -13,9 +13,10 @@ from conftest import ROOT
 ORDER = re.findall(r"^\| `(\w+)/?` +\|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
 # What is slow to import, or may be missing, is imported by these alone.
 ONLY_IN = {
-    "h5py": {"weights"},
+    "h5py": {"keras_h5"},
     "matplotlib": {"visualize"},
     "pycocotools": {"evaluation"},
+    "safetensors": {"weight_files"},
 }
 
 
@@ -70,7 +71,7 @@ assert torch.get_num_threads() == threads
 assert torch.equal(torch.random.get_rng_state(), state)
 assert "matplotlib.pyplot" not in sys.modules or {module!r} == "visualize"
 if {module!r} == "model":
-    assert not {{"matplotlib", "pycocotools", "h5py"}} & set(sys.modules)
+    assert not {{"matplotlib", "pycocotools", "h5py", "safetensors"}} & set(sys.modules)
 """
     run = subprocess.run(
         [sys.executable, "-c", code],

@@ -20,12 +20,10 @@ from pycocotools import mask as coco_mask
 from reference_inputs import uniform
 from skimage.transform import resize as skimage_resize
 
+import image_files
 import utils
 
 GOLDEN = "training_side.npz"
-CUDA = pytest.param(
-    "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-)
 
 
 @pytest.fixture
@@ -173,18 +171,6 @@ def test_facade_keeps_the_kind():
     assert utils.norm_boxes.__doc__
 
 
-@pytest.mark.parametrize("device", [CUDA])
-def test_device_matches_cpu(device):
-    rng = np.random.default_rng(3)
-    boxes = torch.from_numpy(random_boxes(rng, 50)).float()
-    overlaps = utils.compute_overlaps(boxes.to(device), boxes.numpy())
-    assert overlaps.device.type == device
-    torch.testing.assert_close(overlaps.cpu(), utils.compute_overlaps(boxes, boxes))
-    mask = torch.from_numpy(rng.random((28, 28))).float()
-    pasted = utils.paste_mask(mask.to(device), 90, 57)
-    assert (pasted.cpu() == utils.paste_mask(mask, 90, 57)).all()
-
-
 # --- Anchors -------------------------------------------------------------------------------------
 
 PYRAMIDS = {
@@ -238,142 +224,12 @@ def test_pyramid_needs_one_scale_per_level():
 # --- Images --------------------------------------------------------------------------------------
 
 
-def test_as_uint8_image_keeps_what_is_right():
-    image = np.zeros((4, 5, 3), dtype=np.uint8)
-    assert utils.as_uint8_image(image) is image
-    six = np.zeros((4, 5, 6), dtype=np.uint8)
-    assert utils.as_uint8_image(six, 6) is six
-
-
-@pytest.mark.parametrize(
-    ("pixels", "expected"),
-    [
-        (np.array([False, True]), [0, 255]),
-        (np.array([0, 128, 129, 385, 386, 65535], np.uint16), [0, 0, 1, 1, 2, 255]),
-        (np.array([0, 128, 129, 65535], ">u2"), [0, 0, 1, 255]),
-        (np.array([0, 0.2, 0.001, 0.00197, 1], np.float32), [0, 51, 0, 1, 255]),
-        (np.array([0, 0.5, 1], np.float16), [0, 128, 255]),
-        (np.array([0, 7, 255], np.int64), [0, 7, 255]),
-        (np.array([3, 200], np.int32), [3, 200]),
-    ],
-)
-def test_as_uint8_image_converts_values(pixels, expected):
-    image = utils.as_uint8_image(pixels[None])
-    assert image.dtype == np.uint8
-    np.testing.assert_array_equal(image, np.repeat(np.array(expected)[None, :, None], 3, axis=2))
-
-
-def test_as_uint8_image_scales_uint16_with_rounding():
-    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
-    expected = np.rint(values.astype(np.float64) * 255 / 65535)
-    np.testing.assert_array_equal(utils.as_uint8_image(values[:, :, None], 1)[:, :, 0], expected)
-
-
-def test_as_uint8_image_drops_alpha():
-    rgba = np.random.default_rng(0).integers(0, 256, (4, 5, 4)).astype(np.uint8)
-    image = utils.as_uint8_image(rgba)
-    np.testing.assert_array_equal(image, rgba[:, :, :3])
-    assert image.flags.c_contiguous
-    assert utils.as_uint8_image(rgba, 4) is rgba
-
-
-@pytest.mark.parametrize(
-    ("image", "error", "message"),
-    [
-        (np.full((2, 2, 3), 1.5), ValueError, r"0\.\.1, got 1\.5\.\.1\.5; .*uint8"),
-        (np.full((2, 2, 3), -0.1), ValueError, r"got -0\.1"),
-        (np.full((2, 2, 3), np.nan), ValueError, "got nan"),
-        (np.full((2, 2, 3), np.inf), ValueError, r"\.\.inf"),
-        (np.full((2, 2, 3), 256), ValueError, r"0\.\.255, got 256"),
-        (np.full((2, 2, 3), -1), ValueError, "got -1"),
-        (np.zeros((2, 2, 5), np.uint8), ValueError, r"3 channels .*\(2, 2, 5\); reorder"),
-        (np.zeros((3, 20, 30), np.uint8), ValueError, r"got shape \(3, 20, 30\)"),
-        (np.zeros((1, 2, 2, 3), np.uint8), ValueError, "list of images"),
-        (np.zeros((0, 2, 3), np.uint8), ValueError, "non-empty"),
-        (np.zeros((2, 2, 3), object), TypeError, "got dtype object"),
-        (np.zeros((2, 2, 3), complex), TypeError, "got dtype complex"),
-        (torch.zeros(3, 2, 2), TypeError, r"got torch\.Tensor; use \.permute"),
-        ([[1, 2]], TypeError, r"got builtins\.list; use np\.asarray"),
-    ],
-)
-def test_as_uint8_image_refuses(image, error, message):
-    with pytest.raises(error, match=message) as raised:
-        utils.as_uint8_image(image)
-    assert "\n" not in str(raised.value)
-
-
-@pytest.mark.parametrize("channels", [1, 3, 4])
-def test_as_uint8_image_wants_exact_other_channels(channels):
-    with pytest.raises(ValueError, match=r"2 channels"):
-        utils.as_uint8_image(np.zeros((2, 2, channels), np.uint8), 2)
+def test_images_are_read_by_the_names_that_notebooks_use():
+    assert utils.load_image is image_files.load_image
+    assert utils.as_uint8_image is image_files.as_uint8_image
 
 
 RGB = np.random.default_rng(5).integers(0, 256, (12, 17, 3)).astype(np.uint8)
-GRAY = np.arange(12 * 17, dtype=np.uint8).reshape(12, 17)
-
-
-def picture_of(mode):
-    if mode in ("RGB", "RGBA", "P", "CMYK"):
-        return Image.fromarray(RGB // 64 * 64).convert(mode)
-    if mode == "LA":
-        return Image.merge("LA", [Image.fromarray(GRAY), Image.fromarray(255 - GRAY)])
-    if mode == "1":
-        return Image.fromarray(GRAY > 100)
-    scale = {"L": 1, "I;16": 257, "I": 1, "F": np.float32(1 / 255)}[mode]
-    dtype = {"L": np.uint8, "I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
-    return Image.fromarray(GRAY.astype(dtype) * dtype(scale))
-
-
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK", "L", "LA", "1", "I;16", "I", "F"])
-def test_load_image_of_every_mode(tmp_path, mode):
-    picture = picture_of(mode)
-    assert picture.mode == mode
-    path = tmp_path / ("image.png" if mode not in ("CMYK", "F", "I") else "image.tiff")
-    picture.save(path)
-    image = utils.load_image(path)
-    if mode in ("L", "LA", "I;16", "I", "F"):
-        expected = np.repeat(GRAY[:, :, None], 3, axis=2)
-    elif mode == "1":
-        expected = np.repeat((GRAY > 100)[:, :, None] * 255, 3, axis=2)
-    else:
-        expected = np.asarray(picture.convert("RGB"))
-    np.testing.assert_array_equal(image, expected)
-    assert image.dtype == np.uint8
-    if mode == "L":
-        np.testing.assert_array_equal(utils.load_image(str(path), 1)[:, :, 0], GRAY)
-
-
-def test_load_image_of_transparent_palette(tmp_path):
-    picture = picture_of("P")
-    picture.save(tmp_path / "image.png", transparency=bytes([0, 128, 255]))
-    expected = np.asarray(picture.convert("RGB"))
-    np.testing.assert_array_equal(utils.load_image(tmp_path / "image.png"), expected)
-
-
-def test_load_image_turns_upright(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to see it upright
-    Image.fromarray(RGB).save(tmp_path / "image.png", exif=exif)
-    image = utils.load_image(tmp_path / "image.png")
-    np.testing.assert_array_equal(image, np.rot90(RGB, -1))
-
-
-def test_load_image_names_the_path(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nothing\.png does not exist"):
-        utils.load_image(tmp_path / "nothing.png")
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        utils.load_image(tmp_path)
-    (tmp_path / "text.jpg").write_text("no image")
-    Image.fromarray(RGB).save(tmp_path / "whole.png")
-    whole = (tmp_path / "whole.png").read_bytes()
-    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
-    Image.fromarray(np.full((9, 9), 3.0, np.float32)).save(tmp_path / "range.tiff")
-    for name in ("text.jpg", "half.png", "range.tiff"):
-        with pytest.raises(ValueError, match=rf"{name} cannot be used") as raised:
-            utils.load_image(tmp_path / name)
-        assert "\n" not in str(raised.value)
-    with pytest.raises(ValueError, match=r"whole\.png .* 6 channels"):
-        utils.load_image(tmp_path / "whole.png", 6)
 
 
 def skimage_reference(image, shape):
@@ -759,6 +615,15 @@ def test_dataset_loads_without_alpha_and_without_objects(dataset):
     assert utils.extract_bboxes(resized).shape == (0, 4)
     with pytest.raises(FileNotFoundError, match=r"none\.png"):
         dataset.load_image(1)
+
+
+def test_dataset_scales_as_its_bit_depth_says(dataset, tmp_path):
+    Image.fromarray(np.full((4, 4), 4095, np.uint16)).save(tmp_path / "deep.png")
+    dataset.add_image("coco", 1, tmp_path / "deep.png")
+    dataset.prepare()
+    assert dataset.load_image(2).max() == 16
+    dataset.bit_depth = 12
+    assert dataset.load_image(2).min() == 255
 
 
 def test_dataset_refuses(dataset):
