@@ -13,6 +13,7 @@ import image_files
 import utils
 from annotations import DrawnDataset, Object, ReadImage, Request, Size
 from coco_dataset import Remarks
+from outlines import draw
 
 # Of files whose values are exact; those of a JPEG are not.
 SUFFIXES = frozenset((".png", ".tif", ".tiff", ".bmp", ".gif"))
@@ -134,7 +135,7 @@ class ClassPictures:
         """The objects of a label image; their classes are the most frequent colours in them."""
         objects = []
         for found in objects_of_labels(file, values, VOID):
-            (y1, x1, y2, x2), part = utils.rle_decode_part(found.drawings[0])
+            (y1, x1, y2, x2), part = draw(found.drawings, values.shape)
             inside = colours[y1:y2, x1:x2][part]
             candidates, counts = np.unique(
                 inside[(inside != 0) & (inside != VOID)], return_counts=True
@@ -216,17 +217,12 @@ def read_values(path: Path, size: Size, as_colours: bool = False) -> np.ndarray:
         raise ValueError(f"{path} must be {size[1]} x {size[0]}, as its image")
     try:
         with Image.open(path) as file:
-            if file.mode in ("RGBA", "LA", "PA"):
-                clear = np.array(file.convert("RGBA"))[:, :, 3] == 0
+            clear = np.array(file.getchannel("A")) == 0 if "A" in file.getbands() else None
+            is_grey = file.mode in ("1", "L", "LA", "I", "F") or file.mode.startswith("I;")
+            if as_colours or not (is_grey or file.mode == "P"):
+                values = np.array(file.convert("RGB"))
             else:
-                clear = None
-            if file.mode == "LA":
-                file = file.convert("L")
-            elif file.mode not in ("1", "L", "P", "I", "F") and file.mode[:2] != "I;":
-                file = file.convert("RGB")
-            elif as_colours:
-                file = file.convert("RGB")
-            values = np.array(file)
+                values = np.array(file.getchannel("L") if file.mode == "LA" else file)
     except Exception as error:  # image decoders raise whatever they stumble over
         raise ValueError(f"{path} cannot be read: {error}") from error
     if values.ndim == 3:
