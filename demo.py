@@ -5,11 +5,14 @@ python demo.py street.jpg holiday/ --output out   # files and folders, 80 classe
 python demo.py street.jpg --stages --json         # the pipeline's stages, COCO-style results
 python demo.py cells.png --model nuclei           # cell nuclei under the microscope
 python demo.py mine.jpg --model logs/.../best.pth # a model of your own
+python demo.py photos --coco found.json --polygons # annotations to correct and to train on
+python demo.py test2017 --list image_info_test-dev2017.json --results results.json --no-pictures
 """
 
 import argparse
 import itertools
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +25,14 @@ from tqdm import tqdm
 
 import cli
 import coco
+import coco_export
 import model as modellib
+import outlines
 import utils
 import visualize
+from annotations import read_json
 from config import Config
+from file_names import ImageFolder
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 
@@ -96,7 +103,7 @@ def draw_stages(
     return result, pictures
 
 
-def write(path: Path, content: np.ndarray | list[dict[str, Any]]) -> None:
+def write(path: Path, content: np.ndarray | list[Any] | dict[str, Any]) -> None:
     """Writes a picture or a JSON file, whole or not at all."""
     if isinstance(content, np.ndarray):
         picture = Image.fromarray(content)
@@ -107,36 +114,54 @@ def write(path: Path, content: np.ndarray | list[dict[str, Any]]) -> None:
 
 
 def look(
-    model: modellib.MaskRCNN, image: np.ndarray, names: list[str], stages: bool
+    model: modellib.MaskRCNN, image: np.ndarray, names: list[str], args: argparse.Namespace
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Detects in one image; the result as of detect(masks="rle"), and what to show, by name."""
-    if stages:
+    if args.stages:
         result, pictures = draw_stages(model, image, names)
     else:
         result, pictures = model.detect([image], masks="rle")[0], {}
+    if not args.pictures:
+        return result, {}
     arguments = (result["rois"], result["masks"], result["class_ids"], names, result["scores"])
     picture = visualize.draw_instances(utils.as_uint8_image(image), *arguments)
-    return result, {**pictures, "4_final" if stages else "detections": picture}
+    return result, {**pictures, "4_final" if args.stages else "detections": picture}
 
 
 def detect(args: argparse.Namespace) -> int:
     """Does what the command line asks; returns 1 if there was an image that cannot be used."""
     model_name = args.model or ("coco" if args.images else "shapes")
-    images: dict[Path, np.ndarray | None] = dict.fromkeys(find_images(args.images))
+    status = 0
+    images: dict[Path, np.ndarray | None]
+    if args.list is not None:
+        ids, missing = listed_images(args.list, args.images)
+        images = dict.fromkeys(ids)
+        for name in missing:
+            print(f"demo.py: skipped {name}: no such file in {args.images[0]}", file=sys.stderr)
+            status = 1
+    else:
+        ids, images = {}, dict.fromkeys(find_images(args.images))
     if not args.images:
         images = {Path(stem): image for stem, image in sample_images(model_name).items()}
+    for file in (args.results, args.coco):
+        if file is not None:  # what cannot be written should be known before hours of detection
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
     options = {"DETECTION_MIN_CONFIDENCE": args.min_confidence}
     model = modellib.MaskRCNN.from_weights(model_name, **options).to(args.device)
     names = class_names(model.config)
+    category_ids = coco.CATEGORY_IDS if names == coco.CLASS_NAMES else None
     output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
+    if args.pictures or args.json:
+        output.mkdir(parents=True, exist_ok=True)
 
-    status, used = 0, set[str]()
+    used, records, all_results = set[str](), [], []
+    folder = args.images[0] if args.list else common_folder(list(images))
     for path, image in tqdm(images.items(), unit="image", disable=len(images) <= 2):
         try:
             if image is None:
                 image = utils.load_image(path, model.config.IMAGE_CHANNEL_COUNT)
-            result, pictures = look(model, image, names, args.stages)
+            result, pictures = look(model, image, names, args)
+            hint = "" if len(result["scores"]) else below(model, image)
         except cli.EXPECTED as error:
             tqdm.write(f"demo.py: skipped {path}: {cli.one_line(error)}", file=sys.stderr)
             status = 1
@@ -144,21 +169,80 @@ def detect(args: argparse.Namespace) -> int:
         stems = itertools.chain([path.stem], (f"{path.stem}-{i}" for i in itertools.count(2)))
         name = next(stem for stem in stems if stem not in used)
         used.add(name)
+        image_id = ids.get(path, int(name) if name.isdecimal() else name)
+        found = coco.build_coco_results(image_id, result, category_ids)
+        if args.results is not None or args.coco is not None:
+            records.append(coco_export.image_record(image_id, path, folder, image.shape[:2]))
+            all_results += found
         for stage, picture in pictures.items():
             write(output / f"{name}_{stage}.png", picture)
         if args.json:
-            write(output / f"{name}.json", results(name, result, names))
-        tqdm.write(f"{path}: {len(result['scores'])} objects, {output / name}_*.png")
+            write(output / f"{name}.json", as_polygons(found) if args.polygons else found)
+        where = f", {output / name}_*.png" if args.pictures else ""
+        tqdm.write(f"{path}: {len(result['scores'])} objects{hint}{where}")
         if args.show:
             visualize.display_images([picture], [name], cols=1, show=True)
+    if args.results is not None:
+        write(Path(args.results), all_results)
+    if args.coco is not None:
+        content = coco_export.to_coco(records, all_results, names, category_ids, args.polygons)
+        write(Path(args.coco), content)
+        print(f"{args.coco}: annotations of the images in {folder}")
     return status
 
 
-def results(name: str, result: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
-    """The detections of an image in COCO's format, with COCO's ids for its 80 classes."""
-    image_id = int(name) if name.isdecimal() else name
-    category_ids = coco.CATEGORY_IDS if names == coco.CLASS_NAMES else None
-    return coco.build_coco_results(image_id, result, category_ids)
+def listed_images(file: str, folders: Sequence[str]) -> tuple[dict[Path, int | str], list[str]]:
+    """The images of a folder that a list in COCO's format names.
+
+    Returns:
+        Their ids by path, and the names of those that are not there.
+    """
+    if len(folders) != 1 or not Path(folders[0]).is_dir():
+        raise ValueError(f"--list needs the folder of its images, got {folders}")
+    content = read_json(Path(file))
+    items = content.get("images") if isinstance(content, dict) else None
+    if not isinstance(items, list) or not all(
+        isinstance(item, dict)
+        and isinstance(item.get("file_name"), str)
+        and type(item.get("id")) in (int, str)
+        for item in items
+    ):
+        raise ValueError(f"{file} must have a list images, each with an id and a file_name")
+    names = [item["file_name"] for item in items]
+    paths = ImageFolder(folders[0]).find_all(names)
+    ids: dict[Path, int | str] = {}
+    for item, path in zip(items, paths, strict=True):
+        if path is not None and ids.setdefault(path, item["id"]) != item["id"]:
+            raise ValueError(f"{file} must name each image once, got {item['file_name']} again")
+    if not ids:
+        raise FileNotFoundError(f"{folders[0]} must hold the images of {file}, found none")
+    return ids, [name for name, path in zip(names, paths, strict=True) if path is None]
+
+
+def common_folder(paths: Sequence[Path]) -> str:
+    """The folder that all images are in."""
+    return os.path.relpath(os.path.commonpath([path.parent.absolute() for path in paths]))
+
+
+def below(model: modellib.MaskRCNN, image: np.ndarray) -> str:
+    """What to say of an image in which nothing was found: the best that is below the threshold."""
+    confidence = model.config.DETECTION_MIN_CONFIDENCE
+    model.config.DETECTION_MIN_CONFIDENCE = 0.0
+    try:
+        scores = model.detect([image], masks="box")[0]["scores"]
+    finally:
+        model.config.DETECTION_MIN_CONFIDENCE = confidence
+    if not len(scores):
+        return " (none at any score)"
+    return (
+        f" ({len(scores)} scored below --min-confidence {confidence:g}, the best of them"
+        f" {scores.max():.2g})"
+    )
+
+
+def as_polygons(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results with outlines instead of run lengths."""
+    return [{**r, "segmentation": outlines.mask_polygons(r["segmentation"])} for r in results]
 
 
 def build_parser() -> cli.Parser:
@@ -174,14 +258,33 @@ def build_parser() -> cli.Parser:
     add("--min-confidence", type=cli.share, default=0.7, metavar="X", help=text)
     add("--stages", action="store_true", help="draw the four stages as well")
     add("--json", action="store_true", help="write results in COCO's format as well")
+    text = "write the results of all images into one file, as evaluation servers take it"
+    add("--results", metavar="OUT.json", help=text)
+    text = "write all detections as annotations: images, annotations and categories"
+    add("--coco", metavar="OUT.json", help=text)
+    text = "outlines instead of run lengths, in --json and --coco"
+    add("--polygons", action="store_true", help=text)
+    text = (
+        "of the images in COCO's format, as image_info_test-dev2017.json: only these, with its ids"
+    )
+    add("--list", metavar="FILE.json", help=text)
+    add("--no-pictures", dest="pictures", action="store_false", help="draw nothing")
     add("--show", action="store_true", help="show each picture in a window")
     parser.set_defaults(run=detect)
     return parser
 
 
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError for options that do not go together."""
+    if (args.list or args.results or args.coco) and not args.images:
+        raise ValueError("--list, --results and --coco are for images of one's own")
+    if not args.pictures and (args.stages or args.show):
+        raise ValueError("--no-pictures does not go with --stages and --show")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    return cli.run(build_parser(), arguments)
+    return cli.run(build_parser(), arguments, check)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 
 import numpy as np
 import pytest
@@ -55,8 +56,8 @@ def save(folder, content, name="regions.json"):
 
 def read_via(folder, *entries, **options):
     data = annotations.ViaDataset()
-    path = save(folder, {f"{entry['filename']}1234": entry for entry in entries})
-    data.load_annotations(folder, path, **options)
+    path = save(folder, {f"{i}": entry for i, entry in enumerate(entries)})
+    data.summary = data.load_annotations(folder, path, **options)
     data.prepare()
     return data
 
@@ -155,55 +156,140 @@ def test_the_class_is_in_the_attribute_that_one_names(folder):
     # Validation data may lack a class, and must not have another one.
     data = read_via(folder, entry, attribute="kind", class_names=["nut", "fig", "date"])
     np.testing.assert_array_equal(data.load_mask(0)[1], [3, 2])
-    with pytest.raises(ValueError, match=r"regions.json, a.png, region 1 must .*, got 'fig'"):
+    message = r"regions.json must have .* of \['date'\], got \['fig'\], .* in a.png, region 1"
+    with pytest.raises(ValueError, match=message):
         read_via(folder, entry, attribute="kind", class_names=["date"])
+    with pytest.raises(ValueError, match=r"one of \['kind', 'note'\], got 'class'"):
+        read_via(folder, entry, attribute="class")
 
 
 def test_without_attributes_there_is_one_class(folder):
-    assert read_via(folder, via("a.png", [region(RECT)])).class_names == ["BG", "object"]
+    entry = via("a.png", [region(RECT)])
+    assert read_via(folder, entry).class_names == ["BG", "object"]
+    assert read_via(folder, entry, class_names=["balloon"]).class_names == ["BG", "balloon"]
 
 
 def test_what_has_no_area_is_left_out_with_a_warning(folder, caplog):
     regions = [region(POINT), region(RECT), region(POLYLINE)]
-    masks, _ = read_via(folder, via("a.png", regions)).load_mask(0)
-    assert masks.sum(axis=(0, 1)).tolist() == [20 * 31]
-    messages = [record.getMessage() for record in caplog.records]
-    assert [m.split(" is a point or line")[0].split(", ", 1)[1] for m in messages] == [
-        "a.png, region 0",
-        "a.png, region 2",
-    ]
-    with pytest.raises(ValueError, match="must have regions with an area, found none"):
+    data = read_via(folder, via("a.png", regions))
+    assert data.load_mask(0)[0].sum(axis=(0, 1)).tolist() == [20 * 31]
+    listed = {"regions left out, points and lines without an area": named(0, 2)}
+    assert data.summary.remarks == listed
+    assert (data.summary.images, data.summary.annotations, data.summary.classes) == (1, 1, 1)
+    assert [record.getMessage() for record in caplog.records] == [str(data.summary)]
+    with pytest.raises(ValueError, match="must have objects with an area, found none; regions"):
         read_via(folder, via("a.png", [region(POINT)]))
+
+
+def named(*numbers):
+    return [f"a.png, region {number}" for number in numbers]
 
 
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
-        (region({"name": "polygon", "all_points_x": [1, 2, 3]}), "KeyError: 'all_points_y'"),
-        (region({**POLYGON, "all_points_y": [1, 2]}), "inhomogeneous"),
-        (region({"name": "polygon", "all_points_x": [1, 9], "all_points_y": [1, 9]}), "three"),
-        (region({**RECT, "width": None}), "TypeError"),
-        (region({**CIRCLE, "r": float("nan")}), "finite"),
-        (region({"name": "cuboid"}), "unknown shape 'cuboid'"),
-        ({"region_attributes": {}}, "shape_attributes"),
-        ({"shape_attributes": RECT}, "region_attributes"),
-        ("RECT", "TypeError"),
-        (None, "TypeError"),
+        (region({"name": "polygon", "all_points_x": [1, 2, 3]}), "malformed"),
+        (region({**POLYGON, "all_points_y": [1, 2]}), "malformed"),
+        (region({"name": "polygon", "all_points_x": [1, 9], "all_points_y": [1, 9]}), "of fewer"),
+        (
+            region({"name": "polygon", "all_points_x": [], "all_points_y": []}),
+            "of fewer than three",
+        ),
+        (region({"name": "polygon", "all_points_x": 3, "all_points_y": 4}), "malformed"),
+        (region({**RECT, "width": None}), "malformed"),
+        (region({**CIRCLE, "r": float("nan")}), "with numbers that are not finite"),
+        (region({**CIRCLE, "r": 1e300}), "far outside of the image"),
+        (region({**ELLIPSE, "theta": float("inf")}), "malformed"),
+        (region({**RECT, "x": 200}), "without a pixel in the image"),
+        (region({**RECT, "width": 0}), "without a pixel in the image"),
+        (region({**RECT, "x": 0.2, "y": 0.3, "width": 0.5, "height": 0.6}), "not larger than a"),
+        (region({"name": "cuboid"}), "of an unknown shape, 'cuboid'"),
+        ({"region_attributes": {}}, "malformed"),
+        ({"region_attributes": [], "shape_attributes": []}, "malformed"),
+        ("RECT", "malformed"),
+        (7, "malformed"),
+        (None, "malformed"),
     ],
 )
-def test_a_region_that_cannot_be_used_is_named(folder, wrong, reason):
-    with pytest.raises(ValueError, match=reason) as info:
-        read_via(folder, via("a.png", [region(RECT), wrong]))
-    message = str(info.value)
-    assert f"{folder / 'regions.json'}, a.png, region 1 cannot be used" in message
-    assert "\n" not in message
+def test_a_region_that_cannot_be_used_is_dropped_and_listed(folder, wrong, reason):
+    data = read_via(folder, via("a.png", [region(RECT), wrong, region(CIRCLE)]))
+    assert data.load_mask(0)[0].any(axis=(0, 1)).tolist() == [True, True]
+    ((remark, items),) = data.summary.remarks.items()
+    assert remark.startswith(f"regions dropped, {reason}")
+    assert [item[:15] for item in items] == named(1)
+    assert str(data.summary).count("\n") == 1
 
 
-@pytest.mark.parametrize("value", [None, "", " ", {}, {"fig": True, "date": True}])
-def test_a_region_without_a_class_is_named(folder, value):
-    regions = [region(RECT, kind="fig"), region(CIRCLE, kind=value)]
-    with pytest.raises(ValueError, match=r"a.png, region 1 .*one class in the attribute 'kind'"):
-        read_via(folder, via("a.png", regions))
+@pytest.mark.parametrize("value", [None, "", " ", {}, {"fig": True, "date": True}, [], True])
+def test_a_region_without_a_class_is_dropped_and_listed(folder, value):
+    regions = [region(RECT, kind="fig"), region(CIRCLE, kind=value), region(RECT)]
+    regions[2]["region_attributes"] = [] if value == [] else {}
+    data = read_via(folder, via("a.png", regions))
+    assert data.load_mask(0)[1].tolist() == [1]
+    assert sum(map(len, data.summary.remarks.values())) == 2
+
+
+def test_classes_may_be_numbers(folder):
+    regions = [
+        region(RECT, kind=value) for value in (0, 1.0, "1", 2.5, " a\n b ", "\ud800", "\x1b[2J")
+    ]
+    data = read_via(folder, via("a.png", regions))
+    assert data.class_names == ["BG", "0", "1", "2.5", "a b"]
+    np.testing.assert_array_equal(data.load_mask(0)[1], [1, 2, 2, 3, 4])
+    listed = {"regions dropped, of a class whose name cannot be printed": named(5, 6)}
+    assert data.summary.remarks == listed
+
+
+def test_an_image_that_cannot_be_used_is_dropped_and_listed(folder):
+    (folder / "broken.png").write_bytes(b"no image")
+    (folder / "inside").mkdir()
+    Image.new("RGB", (9, 9)).save(folder / "inside" / "c.png")
+    names = ["a.png", "gone.png", "broken.png", "c.png", "a\0.png"]
+    entries = [via(name, [region(RECT)]) for name in names]
+    data = read_via(folder, *entries, via("d.png", 7), {"filename": 8, "regions": []})
+    assert [info["id"] for info in data.image_info] == ["a.png"]
+    missing = data.summary.remarks[f"images dropped, no such file in {folder}"]
+    assert missing == ["gone.png", "c.png (c.png lies in inside/)", "a\0.png"]
+    assert [i.split()[0] for i in data.summary.remarks["images dropped, unreadable"]] == [
+        "broken.png"
+    ]
+    assert data.summary.remarks["images dropped, malformed"] == ["5", "6"]
+    with pytest.raises(FileNotFoundError, match=r"none can be used; images dropped.*: gone.png"):
+        read_via(folder, via("gone.png", [region(RECT)]))
+
+
+def test_images_of_one_name_in_different_folders_differ(folder):
+    for name in ("left", "right"):
+        (folder / name).mkdir()
+        Image.new("RGB", (WIDTH, HEIGHT)).save(folder / name / "a.png")
+    names = ["left\\a.png", "right/a.png", "a.png"]
+    data = read_via(folder, *(via(name, [region(RECT)]) for name in names))
+    assert [info["id"] for info in data.image_info] == ["left/a.png", "right/a.png", "a.png"]
+    data.load_annotations(folder / "left", save(folder, {"0": via("a.png", [region(RECT)])}))
+    assert data.image_info[3]["id"] == (folder / "left" / "a.png").as_posix()
+
+
+def test_of_two_entries_for_one_file_that_of_its_size_is_meant(folder):
+    size = (folder / "a.png").stat().st_size
+    one, two = via("a.png", [region(RECT)]), via("a.png", [region(CIRCLE)])
+    data = read_via(folder, one, {**two, "size": size})
+    assert not data.load_mask(0)[0][7, 12, 0]  # the corner of RECT
+    listed = {"images dropped, others are of the same file": ["a.png (a.png)"]}
+    assert data.summary.remarks == listed
+    with pytest.raises(FileNotFoundError, match="others are of the same file"):
+        read_via(folder, one, two)
+
+
+def test_classes_and_images_add_up_over_several_files(folder):
+    data = read_via(folder, via("a.png", [region(RECT, kind="fig")]))
+    path = save(folder, {"0": via("b.jpg", [region(RECT, kind="date"), region(RECT, kind="fig")])})
+    data.load_annotations(folder, path)
+    data.prepare()
+    assert data.class_names == ["BG", "fig", "date"]
+    np.testing.assert_array_equal(data.load_mask(1)[1], [2, 1])
+    data.load_annotations(folder, path)  # its second image b.jpg has an id of its own
+    with pytest.raises(ValueError, match="images must be loaded once"):
+        data.load_annotations(folder, path)
 
 
 @pytest.mark.parametrize(
@@ -225,8 +311,6 @@ def test_a_file_of_another_kind_is_refused(folder, text, reason):
 def test_missing_files_are_named(folder):
     with pytest.raises(FileNotFoundError, match="gone.json"):
         annotations.ViaDataset().load_annotations(folder, folder / "gone.json")
-    with pytest.raises(FileNotFoundError, match="gone.png"):
-        read_via(folder, via("gone.png", [region(RECT)]))
 
 
 # --- labelme -------------------------------------------------------------------------------------
@@ -239,10 +323,10 @@ def shape(label, kind, points, **more):
     }
 
 
-def labelme(folder, name, shapes, path="a.png"):
+def labelme(folder, name, shapes, path="a.png", size=(HEIGHT, WIDTH)):
     content = {
         **{"version": "5.5.0", "flags": {}, "shapes": shapes, "imagePath": path},
-        **{"imageData": None, "imageHeight": HEIGHT, "imageWidth": WIDTH},
+        **{"imageData": None, "imageHeight": size[0], "imageWidth": size[1]},
     }
     return save(folder, content, name)
 
@@ -255,7 +339,7 @@ def png(mask):
 
 def read_labelme(folder, images=None):
     data = annotations.LabelmeDataset()
-    data.load_annotations(images or folder, folder)
+    data.summary = data.load_annotations(images or folder, folder)
     data.prepare()
     return data
 
@@ -305,43 +389,105 @@ def test_an_image_is_found_beside_the_json_or_by_name(folder, tmp_path_factory):
     other = tmp_path_factory.mktemp("json")
     square = [shape("fig", "rectangle", [[0, 0], [5, 5]])]
     labelme(other, "1.json", square, path="..\\photos\\a.png")  # saved on Windows
-    labelme(other, "2.json", [], path=f"../{folder.name}/b.jpg")
+    labelme(other, "2.json", [], path=os.path.relpath(folder / "b.jpg", other))
     data = read_labelme(other, folder)
     assert [info["id"] for info in data.image_info] == ["a.png", "b.jpg"]
     assert [data.load_image(i).shape for i in (0, 1)] == [(HEIGHT, WIDTH, 3)] * 2
+    (other / "2.json").unlink()
     with pytest.raises(FileNotFoundError, match="a.png"):
         read_labelme(other, tmp_path_factory.mktemp("empty"))
+
+
+def test_files_of_labelme_in_folders(folder, tmp_path_factory):
+    other, square = tmp_path_factory.mktemp("json"), [shape("fig", "polygon", STAR)]
+    for name in ("left", "right"):
+        (folder / name).mkdir()
+        (other / name).mkdir()
+        Image.new("RGB", (WIDTH, HEIGHT)).save(folder / name / "a.png")
+        labelme(other / name, "a.json", square)
+    data = read_labelme(other, folder)
+    assert [info["id"] for info in data.image_info] == ["left/a.png", "right/a.png"]
+
+
+def test_files_and_images_of_labelme_that_cannot_be_used_are_listed(folder):
+    labelme(folder, "a.json", [shape("fig", "polygon", STAR)])
+    labelme(folder, "b.json", [shape("fig", "polygon", STAR)], "b.jpg", (HEIGHT * 2, WIDTH * 2))
+    labelme(folder, "c.json", [shape("fig", "polygon", STAR)], "gone.png")
+    labelme(folder, "copy_of_a.json", [shape("nut", "polygon", STAR)])
+    (folder / "d.json").write_text("[" * 100_000)
+    (folder / "e.json").write_text('{"shapes": 3, "imagePath": "a.png"}')
+    (folder / "._a.json").write_bytes(b"\0\xff")  # what macOS leaves on other disks
+    data = read_labelme(folder)
+    assert data.class_names == ["BG", "fig"]
+    assert data.summary.remarks == {
+        "files dropped, not of labelme": ["d.json", "e.json"],
+        f"images dropped, no such file in {folder}": ["gone.png of c.json"],
+        "images dropped, of another size when annotated and now": [
+            "b.json (180 x 120 and 90 x 60)"
+        ],
+        "images dropped, others are of the same file": ["copy_of_a.json (a.png)"],
+    }
+
+
+def test_rectangles_of_four_corners_and_other_shapes_of_x_anylabeling(folder):
+    corners = [[12, 7], [32, 7], [32, 38], [12, 38]]
+    kinds = ("rectangle", "rotation", "quadrilateral")
+    labelme(folder, "a.json", [shape(kind, kind, corners) for kind in kinds])
+    masks, _ = read_labelme(folder).load_mask(0)
+    assert masks[7:38, 12:32].all()
+    assert masks.sum(axis=(0, 1)).tolist() == [20 * 31] * 3
+
+
+@pytest.mark.parametrize("label", [None, "", True, [], {}, float("nan")])
+def test_a_region_of_labelme_without_a_label_is_listed(folder, label):
+    labelme(folder, "a.json", [shape(label, "polygon", STAR), shape(3, "polygon", STAR)])
+    data = read_labelme(folder)
+    assert data.class_names == ["BG", "3"]
+    assert data.summary.remarks == {"regions dropped, no label": ["a.json, region 0"]}
 
 
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
-        (shape("fig", "polygon", [[1, 2], [3, 4]]), "three points"),
-        (shape("fig", "rectangle", [[1, 2]]), "IndexError"),
-        (shape("fig", "circle", [[1, 2], [3, 4], [5, 6]]), "unpack"),
-        (shape("fig", "polygon", [[1, 2], [3], [5, 6]]), "inhomogeneous"),
-        (shape("fig", "mask", [[1, 2], [3, 4]], mask="AAAA"), "Error"),
-        (shape("fig", "sphere", [[1, 2], [3, 4]]), "unknown shape 'sphere'"),
-        ({"label": "fig"}, "KeyError: 'points'"),
-        ({"points": STAR}, "KeyError: 'label'"),
-        (None, "TypeError"),
+        (shape("fig", "polygon", [[1, 2], [3, 4]]), "of fewer than three points"),
+        (shape("fig", "polygon", []), "malformed"),
+        (shape("fig", "polygon", [1, 2, 3]), "malformed"),
+        (shape("fig", "polygon", [[1, 2, 3]] * 3), "malformed"),
+        (shape("fig", "polygon", [[1e9, 2], [3, 4], [5, 6]]), "far outside of the image"),
+        (shape("fig", "polygon", [[1, 1], [5, 5], [9, 9]]), "without a pixel"),
+        (shape("fig", "rectangle", [[1, 2]]), "malformed"),
+        (shape("fig", "circle", [[1, 2], [3, 4], [5, 6]]), "malformed"),
+        (shape("fig", "polygon", [[1, 2], [3], [5, 6]]), "malformed"),
+        (shape("fig", "mask", [[1, 2], [3, 4]], mask="AAAA"), "malformed"),
+        (shape("fig", "mask", [[1, 2], [3, 4]], mask=7), "malformed"),
+        (shape("fig", "mask", [], mask=png(np.ones((2, 2)))), "malformed"),
+        (shape("fig", "mask", [[1, 2]], mask=png(np.zeros((2, 2)))), "without a pixel"),
+        (shape("fig", "mask", [[100, 2]], mask=png(np.ones((2, 2)))), "without a pixel"),
+        (shape("fig", "mask", [[1, 2]], mask=png(np.ones((500, 500)))), "a mask that is larger"),
+        (shape("fig", "sphere", [[1, 2], [3, 4]]), "of an unknown shape, 'sphere'"),
+        (shape("fig", [], STAR), "malformed"),
+        ({"label": "fig"}, "malformed"),
+        ({"points": STAR}, "malformed"),
+        (None, "malformed"),
+        ([], "malformed"),
     ],
 )
-def test_a_region_of_labelme_that_cannot_be_used_is_named(folder, wrong, reason):
-    path = labelme(folder, "a.json", [shape("fig", "polygon", STAR), wrong])
-    with pytest.raises(ValueError, match=reason) as info:
-        read_labelme(folder)
-    assert str(info.value).startswith(f"{path}, region 1 cannot be used (")
-    assert "\n" not in str(info.value)
+def test_a_region_of_labelme_that_cannot_be_used_is_listed(folder, wrong, reason):
+    labelme(folder, "a.json", [shape("fig", "polygon", STAR), wrong])
+    data = read_labelme(folder)
+    assert data.load_mask(0)[0].shape[2] == 1
+    ((remark, items),) = data.summary.remarks.items()
+    assert remark.startswith(f"regions dropped, {reason}")
+    assert [item[:16] for item in items] == ["a.json, region 1"]
 
 
-def test_lines_of_labelme_are_left_out(folder, caplog):
+def test_lines_of_labelme_are_left_out(folder):
     kinds = {"point": [[1, 1]], "line": [[1, 1], [9, 9]], "linestrip": STAR, "polygon": STAR}
     labelme(folder, "a.json", [shape("fig", kind, points) for kind, points in kinds.items()])
-    assert read_labelme(folder).load_mask(0)[0].shape[2] == 1
-    assert [r.getMessage().split(" is ")[0][-8:] for r in caplog.records] == [
-        f"region {i}" for i in range(3)
-    ]
+    data = read_labelme(folder)
+    assert data.load_mask(0)[0].shape[2] == 1
+    (items,) = data.summary.remarks.values()
+    assert items == [f"a.json, region {i}" for i in range(3)]
 
 
 def test_a_folder_without_labelme_is_refused(folder):
@@ -379,7 +525,9 @@ def test_polygons_of_photographs_agree_with_pycocotools(tmp_path, kind):
         shapes = [shape("fruit", "polygon", o.tolist()) for o in outlines]
         data, path = (
             annotations.LabelmeDataset(),
-            labelme(tmp_path, "0.json", shapes, image["file_name"]),
+            labelme(
+                tmp_path, "0.json", shapes, image["file_name"], (image["height"], image["width"])
+            ),
         )
     data.load_annotations(fruits / "images", path)
     data.prepare()
@@ -391,6 +539,95 @@ def test_polygons_of_photographs_agree_with_pycocotools(tmp_path, kind):
         ]
         union = (masks[:, :, i] | (expected > 0)).sum()
         assert (masks[:, :, i] & (expected > 0)).sum() > 0.98 * union > 100
+
+
+# --- Damaged files -------------------------------------------------------------------------------
+
+STRANGE = (
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    1e308,
+    2**70,
+    float("nan"),
+    "",
+    "x",
+    "\ud800",
+    "\0",
+    [],
+    {},
+    [[]],
+)
+
+
+def mutate(value, rng):
+    """A copy of a json value in which something is lost, strange or somewhere else."""
+    choice = rng.random()
+    if choice < 0.1 or not isinstance(value, dict | list) or not value:
+        return STRANGE[rng.integers(len(STRANGE))]
+    items = dict(value) if isinstance(value, dict) else dict(enumerate(value))
+    key = list(items)[rng.integers(len(items))]
+    if choice < 0.2:
+        del items[key]
+    elif choice < 0.3 and isinstance(value, list):
+        items[len(value)] = items[key]
+    else:
+        items[key] = mutate(items[key], rng)
+    return items if isinstance(value, dict) else list(items.values())
+
+
+def fuzz(folder, rounds, seed):
+    """Loads mutated files and draws what was loaded; what cannot be used is a ValueError or OSError."""
+    rng = np.random.default_rng(seed)
+    shapes = [POLYGON, RECT, CIRCLE, ELLIPSE, POINT]
+    regions = [region(each, kind="fig") for each in shapes]
+    square = [[1.0, 2.0], [30.0, 2.0], [30.0, 40.0]]
+    labelme_regions = [
+        *(shape("fig", kind, square) for kind in ("polygon", "rotation", "linestrip")),
+        *(shape("nut", kind, square[::2], group_id=1) for kind in ("rectangle", "circle")),
+        shape("fig", "mask", square[:2], mask=png(np.ones((9, 9)))),
+    ]
+    contents = {
+        annotations.ViaDataset: {"a": via("a.png", regions), "b": via("b.jpg", regions[:2])},
+        annotations.LabelmeDataset: {
+            **{"shapes": labelme_regions, "imagePath": "a.png", "imageData": None},
+            **{"imageHeight": HEIGHT, "imageWidth": WIDTH},
+        },
+    }
+    loaded = 0
+    for _ in range(rounds):
+        for reader, content in contents.items():
+            for _ in range(rng.integers(1, 4)):
+                content = mutate(content, rng)
+            text = bytearray(json.dumps(content).encode())
+            if rng.random() < 0.1:
+                text[rng.integers(len(text))] = rng.integers(256)
+            path = folder / "a.json"
+            path.write_bytes(text)
+            data = reader()
+            try:
+                data.load_annotations(folder, path)
+            except (OSError, ValueError) as error:
+                assert str(error)
+                continue
+            data.prepare()
+            for image_id in data.image_ids:
+                masks, class_ids = data.load_mask(image_id)
+                assert masks.any(axis=(0, 1)).all()
+                assert len(class_ids) == masks.shape[2]
+            loaded += 1
+    return loaded
+
+
+def test_damaged_files_give_masks_or_an_error(folder):
+    assert fuzz(folder, 150, seed=0) > 100
+
+
+@pytest.mark.slow
+def test_thousands_of_damaged_files_give_masks_or_an_error(folder):
+    assert fuzz(folder, 4000, seed=1) > 3000
 
 
 # --- Parts ---------------------------------------------------------------------------------------
