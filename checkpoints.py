@@ -225,9 +225,10 @@ class Stage:
     epochs: int
     start: int = 0
 
-    def followed(self, other: "Stage") -> bool:
-        """Whether this stage began after another one, which then is over even if it ended early."""
-        return self.start > 0 and self.layers != other.layers and self.epochs > other.epochs
+    @property
+    def key(self) -> tuple[str, int]:
+        """What tells the stages of a run apart."""
+        return self.layers, self.epochs
 
 
 @dataclass
@@ -241,6 +242,8 @@ class Run:
         totals: sums of losses, images and seconds over these steps.
         record: of the last finished epoch, as long as it has not been judged; else empty.
         saved: whether the last checkpoint that was due could be written.
+        last: the key of the stage that came to its end last, in this process.
+        ended: the keys of stages that came to an end, maybe early, before another one began.
         state: of a run that was resumed or interrupted, all that its checkpoint holds besides the
             weights: the above, stage, optimizer and random states.
         found: the checkpoints in the folder when the run was resumed, and when they were written.
@@ -252,6 +255,8 @@ class Run:
     totals: dict[str, float] = field(default_factory=dict)
     record: Record = field(default_factory=dict)
     saved: bool = False
+    last: tuple[str, int] | None = None
+    ended: list[tuple[str, int]] = field(default_factory=list)
     state: dict[str, Any] | None = None
     found: dict[Path, int] | None = None
 
@@ -262,10 +267,9 @@ class Run:
 
     def is_past(self, stage: Stage) -> bool:
         """Whether nothing of a stage is left to do."""
-        if self.stage is not None and self.stage.followed(stage):
-            return True
         judged = not self.record
-        return self.epoch > stage.epochs or (self.epoch == stage.epochs and judged)
+        trained = self.epoch > stage.epochs or (self.epoch == stage.epochs and judged)
+        return trained or stage.key in self.ended
 
     def continues(self, stage: Stage) -> bool:
         """Whether a stage is the one that the run was stopped in the middle of."""
@@ -292,6 +296,8 @@ class Run:
                 f"STEPS_PER_EPOCH must be above {self.step}, the steps that the interrupted epoch"
                 f" has, got {steps}; go on with as many as before"
             )
+        if self.last is not None and self.last != stage.key:
+            self.ended.append(self.last)
         start = self.epoch
         if self.state is not None:
             set_random_states(self.state["random"])
@@ -299,6 +305,10 @@ class Run:
                 trainer.load_state_dict(self.state)
                 start = self.stage.start
         return dataclasses.replace(stage, start=start)
+
+    def leave(self, stage: Stage) -> None:
+        """Ends a stage; what its checkpoints hold besides the weights is of no more use."""
+        self.state, self.last = None, stage.key
 
     def steps(self, config: Config) -> int:
         """Steps made since the beginning."""
@@ -380,6 +390,7 @@ class Run:
             "totals": self.totals,
             "record": self.record,
             "stage": dataclasses.asdict(stage),
+            "ended": self.ended,
             "random": random_states(),
             **trainer_state,
         }
@@ -403,7 +414,7 @@ class Run:
         mark_as_newest(path, config.NAME)
         found = checkpoints_in(path.parent)
         place = found.index(path)
-        for later in found[:place]:  # of a course that was given up: this one began before them
+        for later in found[:place]:  # of a continuation that this one replaces
             later.replace(later.with_suffix(".old"))
         for old in found[place + config.KEEP_CHECKPOINTS :]:
             old.unlink(missing_ok=True)
@@ -421,5 +432,7 @@ class Run:
             logger.warning("%s holds weights alone: the optimizer starts anew", file.path)
             return
         self.epoch, self.step, self.totals = state["epoch"], state["step"], state["totals"]
+        self.last, self.ended = None, list(state.get("ended", []))
+        # An epoch is judged when it is in the history.
         if self.epoch not in (record["epoch"] for record in read_history(self.log_dir)):
             self.record = state["record"]

@@ -333,7 +333,7 @@ def fit(model: Any, run: Run, stage: Stage, data: Data, hooks: Hooks) -> None:
                     raise OSError(fault)
                 raise KeyboardInterrupt(f"saved {run.checkpoint_path(config)}")
             over = judge(model, run, stage, history, val_loader, hooks)
-    run.state = None
+    run.leave(stage)
     if fault:
         raise OSError(fault)
 

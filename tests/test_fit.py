@@ -382,10 +382,10 @@ def test_a_stage_that_ended_early_is_over_for_a_resumed_run(tmp_path):
     assert resumed.epoch == 3
 
 
-def stopped_at(epoch, *stage, record=None):
+def stopped_at(epoch, *stage, record=None, ended=()):
     """A run whose checkpoint is of this epoch and stage: layers, learning rate, epochs, start."""
     state = {"stage": dataclasses.asdict(checkpoints.Stage(*stage))}
-    return checkpoints.Run(epoch=epoch, record=record or {}, state=state)
+    return checkpoints.Run(epoch=epoch, record=record or {}, state=state, ended=list(ended))
 
 
 def test_which_stages_a_run_is_past_and_which_it_continues():
@@ -401,12 +401,29 @@ def test_which_stages_a_run_is_past_and_which_it_continues():
     assert stopped_at(5, "heads", 0.1, 5, 0).is_past(heads)
     assert not stopped_at(5, "heads", 0.1, 5, 0, record={"epoch": 5}).is_past(heads)
     # Of "all" that began after epoch 2: "heads" ended early, and is past for good.
-    later = stopped_at(4, "all", 0.1, 8, 2)
+    later = stopped_at(4, "all", 0.1, 8, 2, ended=[("heads", 5)])
     assert later.is_past(heads)
     assert later.continues(everything)
     assert not later.is_past(everything)
     # Of "all" from the beginning, which nothing preceded: "heads" may follow.
     assert not stopped_at(3, "all", 0.1, 8, 0).is_past(heads)
+
+
+@pytest.mark.parametrize("second", [("all", 6), ("heads", 6)])
+def test_stages_that_are_over_stay_over(tmp_path, no_pictures, second):
+    stop = {"callbacks": [lambda record: True]}
+    model = make_model(tmp_path, STEPS_PER_EPOCH=1)
+    train(model, 4, layers="all", **stop)
+    layers, epochs = second
+    train(model, epochs, layers=layers, **stop)
+    resumed = make_model(tmp_path, STEPS_PER_EPOCH=1)
+    resumed.resume()
+    train(resumed, 4, layers="all", **stop)  # ended early, and the other one came after it
+    assert resumed.epoch == 2
+    train(resumed, epochs, layers=layers, **stop)
+    assert resumed.epoch == 3
+    train(resumed, 5, layers="all", **stop)  # this one is new
+    assert resumed.epoch == 4
 
 
 def test_a_stage_that_early_stopping_ended_stays_ended_when_resumed(tmp_path, no_pictures):
