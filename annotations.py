@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from skimage.draw import polygon
 
+import image_files
 import utils
 from boxed_masks import BoxedMasks, Part
 
@@ -79,7 +80,7 @@ class DrawnDataset(utils.Dataset):
             self.add_class("custom", class_id, name)
         for path, found in entries:
             instances = [(names.index(obj.class_name) + 1, obj.drawings) for obj in found]
-            shape = utils.upright_size(path)
+            shape = image_files.read_size(path)
             self.add_image("custom", path.name, path, shape=shape, objects=instances)
 
     def read(

@@ -17,6 +17,7 @@ import numpy as np
 
 import coco_download
 import evaluation
+import image_files
 import utils
 from boxed_masks import BoxedMasks
 
@@ -329,8 +330,8 @@ def usable_images(
         height, width = item.get("height"), item.get("width")
         if type(height) is not int or type(width) is not int or min(height, width) < 1:
             try:
-                height, width = utils.upright_size(path)
-            except OSError:
+                height, width = image_files.read_size(path)
+            except (OSError, ValueError):
                 remarks["images dropped, unreadable"].append(f"{image_id} ({path})")
                 continue
         images[image_id] = {"path": path, "height": height, "width": width, "annotations": []}

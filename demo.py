@@ -22,12 +22,11 @@ from tqdm import tqdm
 
 import cli
 import coco
+import image_files
 import model as modellib
 import utils
 import visualize
 from config import Config
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 
 
 def find_images(paths: Sequence[str]) -> list[Path]:
@@ -35,7 +34,7 @@ def find_images(paths: Sequence[str]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(item for item in path.iterdir() if item.suffix.lower() in SUFFIXES)
+            inside = image_files.list_images(path)
             if not inside:
                 raise FileNotFoundError(f"no images in the folder {path}")
             found += inside
@@ -100,7 +99,8 @@ def write(path: Path, content: np.ndarray | list[dict[str, Any]]) -> None:
     """Writes a picture or a JSON file, whole or not at all."""
     if isinstance(content, np.ndarray):
         picture = Image.fromarray(content)
-        utils.write_atomic(path, lambda file: picture.save(file, format=path.suffix[1:]))
+        mark = image_files.output_mark()
+        utils.write_atomic(path, lambda file: picture.save(file, format="png", pnginfo=mark))
     else:
         text = json.dumps(content)
         utils.write_atomic(path, lambda file: file.write(text.encode()))
@@ -126,6 +126,8 @@ def detect(args: argparse.Namespace) -> int:
     if not args.images:
         images = {Path(stem): image for stem, image in sample_images(model_name).items()}
     options = {"DETECTION_MIN_CONFIDENCE": args.min_confidence}
+    if args.IMAGE_BIT_DEPTH is not None:  # else as the file says
+        options["IMAGE_BIT_DEPTH"] = args.IMAGE_BIT_DEPTH
     model = modellib.MaskRCNN.from_weights(model_name, **options).to(args.device)
     names = class_names(model.config)
     output = Path(args.output)
@@ -135,7 +137,9 @@ def detect(args: argparse.Namespace) -> int:
     for path, image in tqdm(images.items(), unit="image", disable=len(images) <= 2):
         try:
             if image is None:
-                image = utils.load_image(path, model.config.IMAGE_CHANNEL_COUNT)
+                image = image_files.load_image(
+                    path, model.config.IMAGE_CHANNEL_COUNT, model.config.IMAGE_BIT_DEPTH
+                )
             result, pictures = look(model, image, names, args.stages)
         except cli.EXPECTED as error:
             tqdm.write(f"demo.py: skipped {path}: {cli.one_line(error)}", file=sys.stderr)
@@ -170,6 +174,7 @@ def build_parser() -> cli.Parser:
     add("--model", metavar="NAME|FILE", help=text)
     add("--output", default="out", metavar="DIR", help="of the pictures; default: out")
     cli.add_device(parser)
+    cli.add_bit_depth(parser)
     text = "least score of what is shown, 0 to 1; default: 0.7"
     add("--min-confidence", type=cli.share, default=0.7, metavar="X", help=text)
     add("--stages", action="store_true", help="draw the four stages as well")
