@@ -747,6 +747,12 @@ def test_grey_tiff_of_many_kinds(tmp_path, byte_order, compression):
         image_files.load_image(tmp_path / "signed.tif")
 
 
+def test_other_colours_than_rgb_are_refused(tmp_path):
+    (tmp_path / "lab.tif").write_bytes(encode_tiff(deep(), photometric="cielab"))
+    with pytest.raises(ValueError, match=r"lab\.tif .* grey or RGB pixels, got CIELAB YXS uint16"):
+        image_files.load_image(tmp_path / "lab.tif")
+
+
 @pytest.mark.parametrize("layout", ["contig", "separate"])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 @pytest.mark.parametrize(("count", "photometric"), [(2, "minisblack"), (5, "rgb"), (6, "rgb")])
