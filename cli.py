@@ -162,6 +162,23 @@ def share(text: str) -> float:
     return value
 
 
+def bit_depth(text: str) -> int | str:
+    """The type of options that say how files of more than 8 bits are scaled."""
+    if text == "auto":
+        return text
+    if not (text.isdecimal() and 8 <= int(text) <= 16):
+        raise argparse.ArgumentTypeError(f"must be 8 to 16 or auto, got {text!r}")
+    return int(text)
+
+
+def add_bit_depth(group: Any) -> None:
+    """The option --bit-depth, as the IMAGE_BIT_DEPTH of Config."""
+    text = "bits used of 16 in image files, 8 to 16, or auto: from the image's own values"
+    group.add_argument(
+        "--bit-depth", dest="IMAGE_BIT_DEPTH", type=bit_depth, metavar="N", help=text
+    )
+
+
 def _number(text: str) -> float:
     try:
         return float(text)

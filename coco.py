@@ -407,13 +407,15 @@ def add_data_options(parser: cli.Parser, command: str) -> None:
     text = "take crowds (iscrowd) for objects, as some tools mark what was drawn with a brush"
     add("--crowd-as-objects", action="store_true", help=text)
 
-    add = parser.add_argument_group("how many images, and how large").add_argument
+    group = parser.add_argument_group("how many images, and how large")
+    add = group.add_argument
     text = "images to look at" if command == "inspect" else "images to evaluate"
     add(
         "--limit", type=cli.whole(0), default=500, metavar="N", help=f"{text}, 0: all; default: 500"
     )
     text = "side of the network input, a multiple of 64"
     add("--image-dim", type=cli.whole(1), metavar="N", help=text)
+    cli.add_bit_depth(group)
     text = "go on without images that cannot be read"
     add(
         "--skip-unreadable",

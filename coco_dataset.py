@@ -13,6 +13,7 @@ import numpy as np
 
 import coco_download
 import evaluation
+import image_files
 import utils
 from boxed_masks import BoxedMasks
 from coco_file import REMARKS, Columns, Content, ImageEntry, as_id, read_content
@@ -427,7 +428,7 @@ class CocoDataset(utils.Dataset):
 
     def check_size(self, image_id: int) -> None:
         """Raises ValueError or OSError unless the file is as large as its annotations say."""
-        self._check_size(image_id, utils.upright_size(self.image_info[image_id]["path"]))
+        self._check_size(image_id, image_files.read_size(self.image_info[image_id]["path"]))
 
     def _check_size(self, image_id: int, size: Sequence[int]) -> None:
         info = self.image_info[image_id]
@@ -756,7 +757,7 @@ def usable_size(entry: ImageEntry, path: Path) -> tuple[int, int] | None:
     ):
         return height, width
     try:
-        return utils.upright_size(path)
+        return image_files.read_size(path)
     except Exception:  # pillow's decoders raise whatever they stumble over
         return None
 

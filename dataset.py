@@ -101,7 +101,7 @@ class TorchDataset(torch.utils.data.Dataset[tuple[Tensor, Target]]):
                 f"NUM_CLASSES must be {dataset.num_classes} as in the data set, background"
                 f" included, got {config.NUM_CLASSES}"
             )
-        self.dataset = copy.copy(dataset)
+        self.dataset = copy.copy(dataset.at_bit_depth(config.IMAGE_BIT_DEPTH))
         self.dataset.image_info = _PackedList(dataset.image_info)  # type: ignore[assignment]
         self.config = config
         self.augmentation = augmentation
@@ -178,7 +178,9 @@ class TorchDataset(torch.utils.data.Dataset[tuple[Tensor, Target]]):
     def _read(self, image_id: int) -> tuple[np.ndarray, BoxedMasks, np.ndarray]:
         """Image [H, W, C] uint8, masks and class ids [N] int64, checked."""
         image = self.dataset.load_image(image_id)
-        image = utils.as_uint8_image(image, self.config.IMAGE_CHANNEL_COUNT)
+        image = utils.as_uint8_image(
+            image, self.config.IMAGE_CHANNEL_COUNT, self.config.IMAGE_BIT_DEPTH
+        )
         masks, class_ids = read_masks(self.dataset, image_id)
         class_ids = class_ids.astype(np.int64)
         if masks.size != image.shape[:2]:

@@ -249,6 +249,7 @@ def _detect_all(
 ) -> tuple[dict[int, dict[str, Any]], float]:
     """The result of detect(masks="rle") for each image, and seconds in detect."""
     size = model.config.BATCH_SIZE
+    dataset = dataset.at_bit_depth(model.config.IMAGE_BIT_DEPTH)
     batches = [image_ids[start : start + size] for start in range(0, len(image_ids), size)]
     results: dict[int, dict[str, Any]] = {}
     seconds = 0.0

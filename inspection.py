@@ -163,6 +163,7 @@ def inspect(
         Lines of text: sizes of images and objects, objects per image and class, and how well the
         anchors fit.
     """
+    dataset = dataset.at_bit_depth(config.IMAGE_BIT_DEPTH)
     ids = _spread(range(dataset.num_images), limit or dataset.num_images)
     usable, sizes, faults, counts = [], [], [], []
     sides, fits = [np.zeros(0)], [np.zeros(0)]

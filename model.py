@@ -781,7 +781,8 @@ class MaskRCNN(nn.Module):
                 f"detect takes a list of images, got {type(images).__name__}; use detect([image])"
             )
         channels = self.config.IMAGE_CHANNEL_COUNT
-        images = [utils.as_uint8_image(image, channels) for image in images]
+        depth = self.config.IMAGE_BIT_DEPTH
+        images = [utils.as_uint8_image(image, channels, depth) for image in images]
         # Only images that need the same padding go in one batch: a batch of two is two of one.
         batches = defaultdict(list)
         for i, image in enumerate(images):

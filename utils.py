@@ -21,7 +21,6 @@ from config import Config, are_network_sides
 # Notebooks write utils.load_image.
 from image_files import as_uint8_image as as_uint8_image
 from image_files import load_image as load_image
-from image_files import read_size as upright_size  # noqa: F401 - of coco_dataset and annotations
 
 logger = logging.getLogger(__name__)
 
@@ -754,6 +753,14 @@ class Dataset:
             part.image_info = [self.image_info[i] for i in np.sort(chosen)]
             part.prepare()
         return parts
+
+    def at_bit_depth(self, bit_depth: int | str | None) -> "Dataset":
+        """This data set, as one whose files are scaled so; its own bit_depth wins."""
+        if bit_depth is None or self.bit_depth is not None:
+            return self
+        dataset = copy.copy(self)
+        dataset.bit_depth = bit_depth
+        return dataset
 
     def map_source_class_id(self, source_class_id: str) -> int:
         """The internal id of a source class, "coco.12"; ValueError if there is none."""

@@ -661,3 +661,19 @@ def test_nuclei():
             gray = padded.float().mean(dim=0)[y : y + height, x : x + width]
             cells = target["masks"].any(dim=0)[y : y + height, x : x + width]
             assert gray[cells].mean() > 2 * gray[~cells].mean()
+
+
+def test_files_are_scaled_from_the_bit_depth_of_the_config(tmp_path):
+    Image.fromarray(np.full((64, 64), 4095, np.uint16)).save(tmp_path / "deep.png")
+    files = utils.Dataset()
+    files.add_class("cells", 1, "cell")
+    files.add_image("cells", "a", tmp_path / "deep.png")
+    files.prepare()
+    options = {"NUM_CLASSES": 2, "IMAGE_MIN_DIM": 64, "IMAGE_MAX_DIM": 64}
+    for depth, value in ((None, 16), (12, 255), (13, 127)):
+        image, _ = data.TorchDataset(files, Config(IMAGE_BIT_DEPTH=depth, **options))[0]
+        assert image.unique().tolist() == [value]
+    assert files.bit_depth is None
+    files.bit_depth = 12
+    image, _ = data.TorchDataset(files, Config(IMAGE_BIT_DEPTH=13, **options))[0]
+    assert image.unique().tolist() == [255]
