@@ -566,8 +566,8 @@ def choose_categories(
         keys = find_names(content, names, used, class_names, only_classes)
         class_names = class_names or only_classes
     else:
-        keys = []
-        keys += sorted(names, key=lambda key: (isinstance(ids[key], str), ids[key]))
+        rising = sorted((isinstance(ids[key], str), ids[key], key) for key in names)
+        keys = [key for _, _, key in rising]
     classes = dict.fromkeys(ids, LEFT_OUT)
     for position, found in enumerate(keys):
         if found is not None and (only_classes is None or names[found] in only_classes):
