@@ -185,7 +185,7 @@ def as_parts(value: Any) -> list[list[float]]:
     """
     if not isinstance(value, list):
         raise TypeError(f"an outline must be a list, got {value!r}")
-    if not any(isinstance(item, list) for item in value):
+    if all(isinstance(item, int | float) for item in value):
         return [value]
     parts = [part for item in value for part in as_parts(item)]
     if all(len(part) == 2 for part in parts):
