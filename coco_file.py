@@ -233,10 +233,10 @@ LISTS = ("images", "annotations", "categories")
 class ImageEntry(NamedTuple):
     """An image as the file describes it."""
 
-    id: Any
-    name: Any
-    height: Any
-    width: Any
+    id: int | str | None
+    name: str | None
+    height: int | str | None
+    width: int | str | None
 
 
 @dataclass
@@ -294,7 +294,9 @@ def _image_entry(item: dict[str, Any]) -> ImageEntry:
     name = item.get("file_name")
     if name is None:  # LVIS has addresses alone
         name = item.get("coco_url")
-    return ImageEntry(item.get("id"), name, item.get("height"), item.get("width"))
+    name = name if isinstance(name, str) else None
+    id_, height, width = (as_id(item.get(key)) for key in ("id", "height", "width"))
+    return ImageEntry(id_, name, height, width)
 
 
 class NotInFormat(Exception):
