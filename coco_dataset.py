@@ -427,8 +427,14 @@ class CocoDataset(utils.Dataset):
         return Extents(np.array(class_ids, dtype=np.int32), inside, size)
 
     def check_size(self, image_id: int) -> None:
-        """Raises ValueError or OSError unless the file is as large as its annotations say."""
-        self._check_size(image_id, image_files.read_size(self.image_info[image_id]["path"]))
+        """Raises ValueError unless the file is as large as its annotations say."""
+        info = self.image_info[image_id]
+        try:
+            size = image_files.read_size(info["path"])
+        except (OSError, ValueError) as error:
+            where = f"{info['source']}.{info['id']} ({info['path']})"
+            raise ValueError(f"image {where} cannot be used: {error}") from error
+        self._check_size(image_id, size)
 
     def _check_size(self, image_id: int, size: Sequence[int]) -> None:
         info = self.image_info[image_id]
@@ -567,8 +573,8 @@ def choose_categories(
         keys = find_names(content, names, used, class_names, only_classes)
         class_names = class_names or only_classes
     else:
-        ordered: list[str] = sorted(names, key=lambda key: (isinstance(ids[key], str), ids[key]))
-        keys = [*ordered]
+        rising = sorted((isinstance(ids[key], str), ids[key], key) for key in names)
+        keys = [key for _, _, key in rising]
     classes = dict.fromkeys(ids, LEFT_OUT)
     for position, found in enumerate(keys):
         if found is not None and (only_classes is None or names[found] in only_classes):
@@ -694,16 +700,15 @@ class Images(NamedTuple):
 def usable_images(entries: Sequence[ImageEntry], folder: Path, remarks: Remarks) -> Images:
     """The images whose files are there."""
     images = Images([], [], [], {}, {})
-    named: dict[Any, list[ImageEntry]] = defaultdict(list)
+    named: dict[Any, list[tuple[str, ImageEntry]]] = defaultdict(list)
     for position, entry in enumerate(entries):
-        image_id = as_id(entry.id)
-        if image_id is None or not isinstance(entry.name, str):
+        if entry.id is None or entry.name is None:
             remarks["images dropped, no id or file_name, at the positions"].append(position)
         else:
-            named[image_id].append(entry)
+            named[entry.id].append((entry.name, entry))
     for image_id in [i for i, same in named.items() if len(same) > 1]:
-        files = list(dict.fromkeys(entry.name for entry in named[image_id]))
-        if len(files) == 1 and len(set(named[image_id])) == 1:
+        files = list(dict.fromkeys(name for name, _ in named[image_id]))
+        if len(set(named[image_id])) == 1:
             remarks["images listed more than once"].append(image_id)
         else:
             remarks["images dropped, several with one id"].append(
@@ -715,19 +720,18 @@ def usable_images(entries: Sequence[ImageEntry], folder: Path, remarks: Remarks)
     place = ImageFolder(folder)
     firsts = [same[0] for same in named.values()]
     seen: set[Path] = set()
-    for image_id, entry, path in zip(
-        named, firsts, place.find_all([entry.name for entry in firsts]), strict=True
-    ):
+    paths = place.find_all([name for name, _ in firsts])
+    for image_id, (name, entry), path in zip(named, firsts, paths, strict=True):
         if path is None:
             missing = remarks["images dropped, no such file"]
-            hint = place.hint(entry.name) if len(missing) < 5 else ""
-            missing.append(f"{image_id} ({folder / entry.name}{hint and '; ' + hint})")
+            hint = place.hint(name) if len(missing) < 5 else ""
+            missing.append(f"{image_id} ({folder / name}{hint and '; ' + hint})")
             continue
-        if path not in (folder / entry.name, folder / entry.name.replace("\\", "/")):
+        if path not in (folder / name, folder / name.replace("\\", "/")):
             remarks["images found under another form of their name"].append(
-                f"{image_id} ({entry.name}: {path})"
+                f"{image_id} ({name}: {path})"
             )
-        elif place.is_outside(entry.name):
+        elif place.is_outside(name):
             remarks["images outside of the folder"].append(f"{image_id} ({path})")
         size = usable_size(entry, path)
         if size is None:
@@ -748,7 +752,7 @@ def usable_images(entries: Sequence[ImageEntry], folder: Path, remarks: Remarks)
 
 def usable_size(entry: ImageEntry, path: Path) -> tuple[int, int] | None:
     """Height and width as the file says or, where that cannot be, those of the image itself."""
-    height, width = as_id(entry.height), as_id(entry.width)
+    height, width = entry.height, entry.width
     if (
         isinstance(height, int)
         and isinstance(width, int)
@@ -765,6 +769,7 @@ def usable_size(entry: ImageEntry, path: Path) -> tuple[int, int] | None:
 # --- Annotations ---------------------------------------------------------------------------------
 
 
+@np.errstate(over="ignore", invalid="ignore")  # numbers of any size
 def usable_annotations(
     columns: Columns, images: Images, chosen: Choice, remarks: Remarks
 ) -> tuple[Table, np.ndarray, np.ndarray]:

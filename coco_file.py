@@ -185,7 +185,7 @@ def as_parts(value: Any) -> list[list[float]]:
     """
     if not isinstance(value, list):
         raise TypeError(f"an outline must be a list, got {value!r}")
-    if not any(isinstance(item, list) for item in value):
+    if all(isinstance(item, int | float) for item in value):
         return [value]
     parts = [part for item in value for part in as_parts(item)]
     if all(len(part) == 2 for part in parts):
@@ -233,10 +233,10 @@ LISTS = ("images", "annotations", "categories")
 class ImageEntry(NamedTuple):
     """An image as the file describes it."""
 
-    id: Any
-    name: Any
-    height: Any
-    width: Any
+    id: int | str | None
+    name: str | None
+    height: int | str | None
+    width: int | str | None
 
 
 @dataclass
@@ -294,7 +294,9 @@ def _image_entry(item: dict[str, Any]) -> ImageEntry:
     name = item.get("file_name")
     if name is None:  # LVIS has addresses alone
         name = item.get("coco_url")
-    return ImageEntry(item.get("id"), name, item.get("height"), item.get("width"))
+    name = name if isinstance(name, str) else None
+    id_, height, width = (as_id(item.get(key)) for key in ("id", "height", "width"))
+    return ImageEntry(id_, name, height, width)
 
 
 class NotInFormat(Exception):

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ from tqdm import tqdm
 import distributed
 import utils
 from boxed_masks import BoxedMasks, read_masks
+
+logger = logging.getLogger(__name__)
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
@@ -84,7 +87,8 @@ def evaluate_coco(
 ) -> CocoEvaluation | None:
     """Detects the objects of a data set and compares boxes and masks with it, as COCO does.
 
-    Under torchrun each process takes its share of the images.
+    Under torchrun each process takes its share of the images. With the config's
+    SKIP_UNREADABLE_IMAGES, those that cannot be used are left out, with a warning.
 
     Args:
         model: or whatever has its detect() and config.
@@ -114,7 +118,12 @@ def evaluate_coco(
     if results_path is not None:
         Path(results_path).parent.mkdir(parents=True, exist_ok=True)
     # First, because an annotation that cannot be used should be known before hours of detection.
-    truth = {i: ground_truth(dataset, i) for i in ids} if distributed.is_main() else {}
+    skip = getattr(model.config, "SKIP_UNREADABLE_IMAGES", False)
+    truth = {}
+    for i in ids if distributed.is_main() else ():
+        instances = _attempt(ground_truth, dataset, i, skip=skip)
+        if instances is not None:
+            truth[i] = instances
 
     confidence = model.config.DETECTION_MIN_CONFIDENCE
     model.config.DETECTION_MIN_CONFIDENCE = confidence if min_confidence is None else min_confidence
@@ -127,6 +136,10 @@ def evaluate_coco(
     if not distributed.is_main():
         return None
     detections = {i: result for found, _ in shares for i, result in found.items()}
+    ids = [i for i in ids if i in truth and i in detections]
+    truth = {i: truth[i] for i in ids}
+    if not ids:
+        raise ValueError("there must be images to evaluate, but none can be read")
 
     category_ids = [info["id"] for info in dataset.class_info]
     results = [
@@ -244,6 +257,25 @@ def as_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
     return coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
 
 
+def _load_image(dataset: utils.Dataset, image_id: int) -> np.ndarray:
+    return dataset.load_image(image_id)
+
+
+def _attempt(
+    read: Callable[[Any, int], Any], dataset: utils.Dataset, image_id: int, *, skip: bool
+) -> Any:
+    """What `read` gives of an image; None, with a warning, if it cannot be used and skip is set."""
+    try:
+        return read(dataset, image_id)
+    except (OSError, ValueError) as error:
+        if not skip:
+            remedy = "correct or remove it, or set SKIP_UNREADABLE_IMAGES (--skip-unreadable)"
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"{error}; {remedy}") from error
+        logger.warning("left out: %s", error)
+        return None
+
+
 def _detect_all(
     model: Any, dataset: utils.Dataset, image_ids: Sequence[int], verbose: int
 ) -> tuple[dict[int, dict[str, Any]], float]:
@@ -254,8 +286,10 @@ def _detect_all(
     results: dict[int, dict[str, Any]] = {}
     seconds = 0.0
 
-    def load(batch: Sequence[int]) -> list[np.ndarray]:
-        return [dataset.load_image(image_id) for image_id in batch]
+    def load(batch: Sequence[int]) -> dict[int, np.ndarray]:
+        skip = getattr(model.config, "SKIP_UNREADABLE_IMAGES", False)
+        images = {i: _attempt(_load_image, dataset, i, skip=skip) for i in batch}
+        return {i: image for i, image in images.items() if image is not None}
 
     disable = not (verbose and distributed.is_main())
     bar = tqdm(total=len(image_ids), desc="evaluate", unit="image", disable=disable)
@@ -268,7 +302,9 @@ def _detect_all(
             if number + 1 < len(batches):
                 following = pool.submit(load, batches[number + 1])
             start = time.perf_counter()
-            results.update(zip(batch, model.detect(images, masks="rle"), strict=True))
+            if images:
+                found = model.detect(list(images.values()), masks="rle")
+                results.update(zip(images, found, strict=True))
             seconds += time.perf_counter() - start
             bar.update(len(batch))
     return results, seconds

@@ -81,7 +81,7 @@ def _extents(dataset: Any, image_id: int) -> tuple[np.ndarray, np.ndarray, Seque
     if hasattr(dataset, "extents"):
         return dataset.extents(image_id)
     masks, class_ids = read_masks(dataset, image_id)
-    return class_ids, masks.tight().boxes, masks.size
+    return class_ids, masks.tight().boxes.astype(np.float64), masks.size
 
 
 def _faults(dataset: Any) -> list[str]:

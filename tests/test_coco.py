@@ -9,6 +9,7 @@ import pytest
 import torch
 from annotation_files import annotation, own_data, standard_layout, write, write_labelme, write_via
 from conftest import SHARED, TinyNetwork, needs_shared
+from PIL import Image
 
 import coco
 import evaluation
@@ -153,11 +154,13 @@ def test_an_image_that_a_worker_cannot_read_is_named_in_one_line(checkpoint, tmp
     standard_layout(tmp_path, "train", images="train", ids=(1,))
     standard_layout(tmp_path, "val", ids=(5,))
     (image,) = (tmp_path / "train2017").iterdir()
-    image.write_bytes(b"no picture")
+    Image.fromarray(utils.load_image(image)).save(image, format="JPEG")
+    image.write_bytes(image.read_bytes()[:-100])
     run = ["train", f"--dataset={tmp_path}", f"--model={checkpoint}", "--device=cpu", "--workers=1"]
     assert coco.main([*run, "--steps=1", "--epochs=1", f"--logs={tmp_path / 'logs'}"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"coco.py: image coco.1 ({image}) cannot be used")
+    assert line.endswith("SKIP_UNREADABLE_IMAGES (--skip-unreadable)")
 
 
 class Recorder:
@@ -364,10 +367,14 @@ def test_the_coco_weights_know_their_classes(checkpoint, tmp_path, monkeypatch, 
     assert output.splitlines()[-1].startswith("toothbrush")
 
 
+def categories_of(**names):
+    return [{"id": id_, "name": name} for name, id_ in names.items()]
+
+
 def test_classes_are_told_apart_by_name(checkpoint, tmp_path, monkeypatch, capsys, caplog):
     item = annotation(category_id=1)
     paths = [
-        write(tmp_path / name, [item], categories=[{"id": 1, "name": name}, {"id": 2, "name": "b"}])
+        write(tmp_path / name, [item], categories=categories_of(**{name: 1, "b": 2}))
         for name in ("a", "c")
     ]
     data = [f"--images={path.parent} --annotations={path} --logs={tmp_path}" for path in paths]
@@ -377,21 +384,120 @@ def test_classes_are_told_apart_by_name(checkpoint, tmp_path, monkeypatch, capsy
     assert weights.read_options(best)["CLASS_NAMES"] == ["BG", "a", "b"]
 
     assert coco.main(f"evaluate {data[0]} --model=last".split()) == 0
-    assert "trained on other classes" not in caplog.text
-    assert coco.main(f"evaluate {data[1]} --model=last".split()) == 0
-    assert "trained on other classes, a, b, than those of the data, c, b" in caplog.text
-
     capsys.readouterr()
-    assert coco.main(f"train {data[1]} --model=last".split()) == 2
-    error = capsys.readouterr().err
-    assert "must have the classes of" in error
-    assert "['BG', 'a', 'b'], got ['BG', 'c', 'b']; start a new run" in error
-    Recorder(monkeypatch)
+    for command in ("evaluate", "train"):
+        assert coco.main(f"{command} {data[1]} --model=last".split()) == 2
+        error = capsys.readouterr().err
+        assert "must have objects of no other classes than 'a', 'b', got 'c'" in error
+    recorder = Recorder(monkeypatch)
     for text, count in zip(data, (0, 6), strict=True):
         caplog.clear()
         with caplog.at_level(logging.INFO):
             assert coco.main(f"train {text} --model={best}".split()) == 0
         assert ("6 excluded" in caplog.text) == (count == 6)
+
+    # Other ids, another order, and a class that the file lacks: still the run's classes.
+    items = [annotation(1, category_id=9), annotation(2, image_id=2, category_id=9)]
+    other = write(tmp_path / "other", items, categories=categories_of(b=9))
+    data = f"--images={other.parent} --annotations={other} --logs={tmp_path}"
+    assert coco.main(f"train {data} --model=last".split()) == 0
+    assert recorder.train.class_names == ["BG", "a", "b"]
+    assert recorder.train.load_mask(0)[1].tolist() == [2]
+    capsys.readouterr()
+    assert coco.main(f"evaluate {data} --model={best}".split()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[lines.index("") + 2 :]] == ["b"]
+
+
+def test_validation_data_may_number_their_classes_otherwise(
+    checkpoint, tmp_path, monkeypatch, capsys
+):
+    recorder = Recorder(monkeypatch)
+    data = own_data(tmp_path / "photos", 4, categories_of(cup=3, cat=7))
+    _, _, _, path = own_data(tmp_path / "val", 2, categories_of(dog=1, cat=3, cup=7))
+    val = ["--val-images", str(tmp_path / "val"), "--val-annotations", path]
+    run = ["train", *data, f"--model={checkpoint}", f"--logs={tmp_path}"]
+    assert coco.main([*run, *val]) == 0
+    assert recorder.val.class_names == recorder.train.class_names == ["BG", "cup", "cat"]
+    assert recorder.train.load_mask(0)[1].tolist() == [1, 2]
+    assert recorder.val.load_mask(0)[1].tolist() == [2, 1]
+    own_data(tmp_path / "val", 2, categories_of(dog=3, cat=7))
+    assert coco.main([*run, *val]) == 2
+    assert "no other classes than 'cup', 'cat', got 'dog'" in capsys.readouterr().err
+
+
+def test_some_classes_only(checkpoint, tmp_path, monkeypatch, capsys):
+    recorder = Recorder(monkeypatch)
+    items = [annotation(1), annotation(2, category_id=3), annotation(3, image_id=2, category_id=3)]
+    path = write(tmp_path / "photos", items)
+    data = ["--images", str(path.parent), "--annotations", str(path)]
+    val = ["--val-annotations", str(path)]
+    run = ["train", *data, f"--model={checkpoint}", f"--logs={tmp_path}"]
+    assert coco.main([*run, *val, "--classes=cup"]) == 0
+    assert recorder.train.class_names == recorder.val.class_names == ["BG", "cup"]
+    assert [recorder.train.num_images, recorder.val.num_images] == [1, 2]
+    assert recorder.val.load_mask(0)[1].tolist() == [1]
+    for names, message in (("dog", "must be among 'cup', 'cat', got 'dog'"), ("a,,b", "names")):
+        try:
+            status = coco.main([*run, f"--classes={names}"])
+        except SystemExit as ended:
+            status = ended.code
+        assert status == 2
+        assert message in capsys.readouterr().err
+
+
+def test_several_files_of_annotations(checkpoint, layout, tmp_path, monkeypatch):
+    recorder = Recorder(monkeypatch)
+    first, second = (own_data(tmp_path / name, 2)[1::2] for name in "ab")
+    run = ["train", f"--model={checkpoint}", f"--logs={tmp_path}", "--val-share=0"]
+    several = ["--images", first[0], second[0], "--annotations", first[1], second[1]]
+    assert coco.main([*run, *several]) == 0
+    assert recorder.train.num_images == 4
+    again = ["--annotations", first[1], "--annotations", first[1]]
+    assert coco.main([*run, "--images", first[0], *again]) == 0
+    ids = [info["id"] for info in recorder.train.image_info]
+    assert ids == [0, 1, "annotations.json/0", "annotations.json/1"]
+
+
+def test_nothing_to_train_on_is_an_error_that_names_the_cause(
+    checkpoint, tmp_path, monkeypatch, capsys, caplog
+):
+    recorder = Recorder(monkeypatch)
+    crowds = [annotation(i, iscrowd=1, category_id=c) for i, c in enumerate((3, 7))]
+    path = write(tmp_path / "photos", crowds)
+    data = ["--images", str(path.parent), "--annotations", str(path)]
+    run = ["train", *data, f"--model={checkpoint}", f"--logs={tmp_path}"]
+    inspect = ["inspect", *data, f"--output={tmp_path / 'sheet.png'}"]
+    for command in (run, inspect):
+        assert coco.main(command) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "found none in 2 images: 2 crowds (iscrowd); " in error
+        assert "--crowd-as-objects" in error
+        assert coco.main([*command, "--crowd-as-objects"]) == 0
+    assert recorder.train.load_mask(0)[1].tolist() == [1, 2]
+
+    write(tmp_path / "photos", [annotation(0, image_id=9)])
+    assert coco.main(run) == 2
+    assert "1 annotations dropped, no such image: 0" in capsys.readouterr().err
+    write(tmp_path / "photos", [annotation(0, iscrowd=1), annotation(1, category_id=3)])
+    assert coco.main(run) == 0
+    assert "1 of 2 objects are crowds (iscrowd)" in caplog.text
+    assert "of the class 'cup' nothing is left to train on: 1 crowds" in caplog.text
+
+
+def test_going_on_without_what_cannot_be_read(checkpoint, tmp_path, monkeypatch, capsys, caplog):
+    data = own_data(tmp_path / "photos", 3)
+    (tmp_path / "photos" / "1.png").write_bytes(b"no picture")
+    run = ["train", *data, f"--model={checkpoint}", f"--logs={tmp_path}", "--device=cpu"]
+    run += ["--epochs=1", "--steps=4", "--workers=0", "--val-share=0"]
+    assert coco.main(run) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "1 images cannot be used: " in error
+    assert error.endswith("--skip-unreadable")
+    assert coco.main([*run, "--skip-unreadable"]) == 0
+    evaluate = ["evaluate", *data, "--model=last", f"--logs={tmp_path}", "--device=cpu"]
+    assert coco.main([*evaluate, "--skip-unreadable"]) == 0
+    assert capsys.readouterr().out.startswith("2 images, 4 objects")
 
 
 def test_an_interrupt_says_where_the_checkpoint_is(
@@ -448,6 +554,9 @@ def test_help_shows_examples_that_parse(command, capsys):
         ("train --model=coco --dataset=a --class-attribute=b", "are for --annotations"),
         ("inspect --images=a --annotations=b --class-attribute=c", "is for --format via"),
         ("inspect --images=a --annotations=b --format=voc", "invalid choice: 'voc'"),
+        ("inspect --images=a --annotations b c --format=via", "are for --format coco"),
+        ("inspect --images=a --annotations b --format=via --classes c", "are for --format coco"),
+        ("inspect --images a b c --annotations b.json c.json", "one folder of images, or one for"),
         ("train --model=coco --dataset=a --val-share=0.1", "--val-share is for --annotations"),
         (
             "train --model=coco --images=a --annotations=b --val-share=0.1 --val-annotations=c",

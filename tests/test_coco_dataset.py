@@ -1,8 +1,9 @@
 """Data sets in COCO's format: annotation files of all kinds, and MS COCO itself."""
 
 import contextlib
-import gc
 import json
+import pickle
+import random
 
 import numpy as np
 import pytest
@@ -15,9 +16,11 @@ from reference_inputs import synthetic_image
 
 import coco
 import evaluation
+import inspection
 import utils
 from coco import CATEGORIES, CATEGORY_IDS, CLASS_NAMES
 from coco_dataset import CocoDataset
+from coco_file import read_run_lengths
 from dataset import TorchDataset
 
 # pycocotools and numpy 2 disagree about __array__; Python 3.12 warns of forks.
@@ -263,7 +266,6 @@ def test_a_byte_order_mark_does_no_harm(tmp_path):
     path = write(tmp_path, [annotation()])
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert load(path)[1].annotations == 1
-    assert gc.isenabled()  # switched off for a while
 
 
 def test_a_wrong_folder_is_named(tmp_path):
@@ -342,6 +344,334 @@ def test_training_takes_the_items(tmp_path):
         [3 + y, 2 + x, 9 + y, 8 + x],
         [10 + y, 10 + x, 20 + y, 30 + x],
     ]
+
+
+# --- Files as people have them -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ids", "image", "category"), [((1, 7), "1", "7"), ((1.0, "7"), 1, 7.0), (("1.0", 7.0), 1, "7")]
+)
+def test_ids_may_differ_in_type(tmp_path, ids, image, category):
+    images = [{"id": ids[0], "file_name": "1.png", "height": 20.0, "width": 30}]
+    item = annotation(image_id=image, category_id=category)
+    path = write(tmp_path, [item], images, [{"id": ids[1], "name": "cup"}])
+    dataset, summary = load(path)
+    assert summary.remarks == {}
+    assert dataset.load_mask(0)[1].tolist() == [1]
+
+
+def test_ids_that_exist_in_two_types_are_told_apart(tmp_path):
+    images = [{"id": i, "file_name": f"{i!r}.png", "height": 20, "width": 30} for i in (1, "1")]
+    items = [annotation(1, image_id=1), annotation(2, image_id="1"), annotation(3, image_id="1.0")]
+    dataset, summary = load(write(tmp_path, items, images))
+    assert [len(info["annotations"]) for info in dataset.image_info] == [1, 1]
+    assert summary.remarks == {"annotations dropped, several images have the id of theirs": [3]}
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        [[[2, 3, 8, 3, 8, 9, 2, 9]]],
+        [[2, 3], [8, 3], [8, 9], [2, 9]],
+        [[[2, 3], [8, 3], [8, 9], [2, 9]]],
+        [[[[2, 3]], [[8, 3]], [[8, 9]], [[2, 9]]]],
+        [2, 3, 8.0, 3, 8, 9, 2, 9],
+        {"size": [20.0, 30], "counts": [43, *[6, 14] * 5, 6, 451.0]},
+        {"size": [20, 30], "counts": str(utils.rle_encode(square_mask())["counts"].encode())},
+    ],
+)
+def test_points_and_run_lengths_that_can_be_read_are_read(tmp_path, segmentation):
+    path = write(tmp_path, [annotation(segmentation=segmentation, bbox=[0, 0, 20, 15])])
+    dataset, summary = load(path)
+    np.testing.assert_array_equal(dataset.load_mask(0)[0][:, :, 0], square_mask())
+    assert [*summary.remarks] == [
+        "annotations whose box does not fit their mask: the mask's is used"
+    ]
+
+
+@pytest.mark.parametrize(
+    "segmentation", [[[1, 2, "3", 4, 5, 6]], [[{"x": 1}]], "1 2 3", 5, True, [[1, [2], 3]]]
+)
+def test_an_outline_that_cannot_be_read_is_not_its_box(tmp_path, segmentation):
+    item = annotation(segmentation=segmentation, bbox=[2, 3, 6, 6])
+    _, summary = load(write(tmp_path, [item]))
+    assert summary.remarks == {"annotations dropped, malformed": [1]}
+
+
+@pytest.mark.parametrize("box", [[5, 6, 6, 6], [2, 3, 18, 9], [0.1, 0.1, 0.2, 0.3], [28, 2, 9, 9]])
+def test_a_box_of_another_convention_is_not_used(tmp_path, box):
+    item = annotation(segmentation=[[2, 3, 12, 3, 12, 9, 2, 9]], bbox=box)
+    dataset, summary = load(write(tmp_path, [item]))
+    assert dataset.ground_truth(0)[0]["bbox"] == [2, 3, 10, 6]
+    text = "annotations whose box does not fit their mask: the mask's is used"
+    assert summary.remarks == {text: [1]}
+
+
+def test_outlines_of_another_scale_are_remarked(tmp_path):
+    def outline(scale, shift=0):
+        return [(scale * x + shift for x in SQUARE[0])]
+
+    items = [
+        annotation(i, segmentation=[[*part] for part in outline(*values)])
+        for i, values in enumerate([(1, 0), (0.05,), (4, 4), (0.01, 5)])
+    ]
+    _, summary = load(write(tmp_path, items))
+    assert [(remark[:34], ids) for remark, ids in summary.remarks.items()] == [
+        ("annotations that lie outside of th", [2]),
+        ("annotations smaller than a pixel, ", [1]),
+        ("annotations smaller than a pixel", [3]),
+    ]
+
+
+def test_percent_are_remarked(tmp_path):
+    images = [{"id": 1, "file_name": "1.png", "height": 400, "width": 500}]
+    outlines = [[[x, x, x + 10, x, x + 10, x + 10]] for x in (0, 20, 40, 60, 80)]
+    items = [annotation(i, segmentation=outline) for i, outline in enumerate(outlines)]
+    _, summary = load(write(tmp_path, items, images, size=(400, 500)))
+    text = "annotations all of which lie in the first 100 x 100 pixels: in percent?"
+    assert summary.remarks == {text: [0, 1, 2, 3, 4]}
+    _, summary = load(write(tmp_path, items[:4], images, size=(400, 500)))
+    assert summary.remarks == {}
+
+
+def test_groups_and_names_that_coincide(tmp_path):
+    categories = [
+        {"id": 0, "name": "animals", "supercategory": "none"},
+        {"id": 1, "name": "cat", "supercategory": "animals"},
+        {"id": 2, "name": "cat", "supercategory": "animals"},
+        {"id": 3, "name": "person", "supercategory": "person"},
+    ]
+    dataset, summary = load(write(tmp_path, [annotation(category_id=1)], categories=categories))
+    assert dataset.class_names == ["BG", "cat", "person"]
+    assert summary.remarks == {
+        "categories dropped, without annotations and only a group of others": ["animals"],
+        "categories dropped, without annotations and named as another": ["cat"],
+    }
+    items = [annotation(i, category_id=i) for i in range(3)]
+    with pytest.raises(ValueError, match="one name for each category, got 'cat' for the ids 1 and"):
+        load(write(tmp_path, items, categories=categories))
+
+
+def test_names_that_would_coincide_stay_whole(tmp_path):
+    categories = [{"id": 1, "name": "nail, of iron"}, {"id": 2, "name": "nail, of a finger"}]
+    dataset, _ = load(write(tmp_path, [annotation(category_id=2)], categories=categories))
+    assert dataset.class_names[1:] == ["nail, of iron", "nail, of a finger"]
+
+
+def test_what_a_terminal_would_obey_is_escaped(tmp_path):
+    categories = [{"id": 7, "name": "\x1b[2Jcup\ud800"}]
+    images = [{"id": 1, "file_name": "1.png"}, {"id": 2, "file_name": "missing\x1b\ud800.png"}]
+    dataset, summary = load(write(tmp_path, [annotation()], images, categories))
+    assert dataset.class_names == ["BG", "\\x1b[2Jcup\\ud800"]
+    assert "missing\\x1b\\ud800.png" in str(summary)
+    assert str(summary).replace("\n", "").isprintable()
+
+
+def test_classes_are_matched_by_name(tmp_path):
+    categories = [{"id": 1, "name": "cup"}, {"id": 7, "name": "dog"}, {"id": 3, "name": "hat"}]
+    items = [annotation(1, category_id=1), annotation(2, category_id=7)]
+    path = write(tmp_path, items, categories=categories)
+    dataset, summary = load(path, class_names=["cat", "dog", "cup"])
+    assert dataset.class_names == ["BG", "cat", "dog", "cup"]
+    assert dataset.load_mask(0)[1].tolist() == [3, 2]
+    assert len({info["id"] for info in dataset.class_info}) == 4
+    assert (summary.remarks, summary.classes) == ({}, 3)
+    with pytest.raises(ValueError, match="no other classes than 'cup', got 'dog'; .* --classes"):
+        load(path, class_names=["cup"])
+    dataset, _ = load(path, class_names=["dog", "cup"], only_classes=["cup"])
+    assert dataset.load_mask(0)[1].tolist() == [2]
+    dataset, _ = load(path, only_classes=["hat", "dog"])
+    assert dataset.class_names == ["BG", "hat", "dog"]
+    assert dataset.load_mask(0)[1].tolist() == [2]
+    with pytest.raises(ValueError, match="must be among 'cup', 'dog', 'hat', got 'cat'"):
+        load(path, only_classes=["cat"])
+
+
+def test_several_files_have_classes_in_common(tmp_path):
+    first = write(tmp_path / "a", [annotation(1), annotation(2, category_id=3)])
+    categories = [{"id": 7, "name": "hat"}, {"id": 8, "name": "cat"}]
+    second = write(tmp_path / "b", [annotation(1), annotation(2, category_id=8)], None, categories)
+    dataset = CocoDataset()
+    dataset.load_files([first.parent, second.parent], [first, second])
+    dataset.prepare()
+    assert dataset.class_names == ["BG", "cat", "cup", "hat"]
+    assert [dataset.load_mask(i)[1].tolist() for i in range(4)] == [[2, 1], [], [3, 1], []]
+    ids = [info["id"] for info in dataset.image_info]
+    assert ids == [1, 2, "annotations.json/1", "annotations.json/2"]
+    assert len({info["id"] for info in dataset.class_info}) == 4
+    with pytest.raises(ValueError, match="one folder of images, or one for each of the 2"):
+        CocoDataset().load_files([tmp_path] * 3, [first, second])
+
+
+def test_crowds_become_objects_if_asked_for(tmp_path):
+    path = write(tmp_path, [annotation(iscrowd=1)])
+    assert load(path)[0].load_mask(0)[1].tolist() == [-2]
+    dataset, summary = load(path, crowd_as_objects=True)
+    assert dataset.load_mask(0)[1].tolist() == [2]
+    assert summary.crowds == 0
+
+
+@pytest.mark.parametrize("side", [10**9, 10**5, 2**63, 1e30, -1, "wide"])
+def test_sizes_that_cannot_be_are_those_of_the_image(tmp_path, side):
+    images = [{"id": 1, "file_name": "1.png", "height": side, "width": side}]
+    dataset, _ = load(write(tmp_path, [annotation()], images))
+    assert dataset.load_mask(0)[0].shape == (20, 30, 1)
+
+
+def test_a_size_is_compared_with_the_file_before_a_mask_is_drawn(tmp_path):
+    images = [{"id": 1, "file_name": "1.png", "height": 30_000, "width": 30_000}]
+    dataset, _ = load(write(tmp_path, [annotation()], images))
+    for read in (dataset.load_mask, dataset.ground_truth, dataset.check_size):
+        with pytest.raises(ValueError, match="must be 30000 x 30000 as in its annotations, but"):
+            read(0)
+
+
+def test_an_outline_of_endless_length_is_dropped(tmp_path):
+    zigzag = [x for i in range(15_000) for x in (-250.0 + i / 60, 250.0 * (-1) ** i)]
+    _, summary = load(write(tmp_path, [annotation(segmentation=[zigzag])]))
+    text = "annotations dropped, outline far longer than around the image"
+    assert summary.remarks == {text: [1]}
+
+
+def test_names_of_files_are_looked_for(tmp_path):
+    images = [
+        {"id": 1, "file_name": "1.png"},
+        {"id": 2, "file_name": "C:\\photos\\2.PNG"},
+        {"id": 3, "coco_url": "http://images.org/val/3.png"},
+        {"id": 4, "file_name": "../4.png"},
+        {"id": 5, "file_name": "1.jpg"},
+        {"id": 6, "file_name": "./1.png"},
+    ]
+    path = write(tmp_path / "photos", [annotation()], [{"id": 1, "file_name": "1.png"}])
+    for name in ("2.png", "3.png", "../4.png"):
+        (path.parent / name).write_bytes((path.parent / "1.png").read_bytes())
+    path.write_text(json.dumps({**json.loads(path.read_text()), "images": images}))
+    _, summary = load(path)
+    folder = path.parent
+    assert summary.remarks == {
+        "images found under another form of their name": [
+            f"2 (C:\\photos\\2.PNG: {folder}/2.png)",
+            f"3 (http://images.org/val/3.png: {folder}/3.png)",
+        ],
+        "images outside of the folder": [f"4 ({folder}/../4.png)"],
+        "images dropped, no such file": [f"5 ({folder}/1.jpg; 1.png is there)"],
+        "images that share their file with another": [f"6 ({folder}/1.png)"],
+    }
+
+
+def test_an_image_is_pickled_with_its_own_annotations_alone(tmp_path):
+    rle = {"size": [20, 30], "counts": [43, *[6, 14] * 5, 6, 451]}
+    two = [*SQUARE, [20, 10, 25, 10, 25, 15, 20, 15]]
+    items = [
+        annotation(1, segmentation=two, bbox=[2, 3, 23, 12], area=61, iscrowd=1),
+        annotation(2, segmentation=rle, category_id=3),
+        *(annotation(i, image_id=2) for i in range(3, 1000)),
+    ]
+    dataset, _ = load(write(tmp_path, items))
+    data = pickle.dumps(dataset.image_info[0])
+    assert len(data) < 2000
+    first, second = dataset.image_info[0]["annotations"], pickle.loads(data)["annotations"]
+    assert len(first) == len(second) == 2
+    assert str([*first]) == str([*second])
+    assert str([*first[1:]]) == str([second[1]])
+
+
+# --- Files of chance -----------------------------------------------------------------------------
+
+ODD = (None, True, -1, 0, 1.5, 1e308, 2**63, 10**400, "", "x", "1", "\ud800", "\x00", [], {}, [[]])
+
+
+def mutate(value, rng, depth=0):
+    """A copy of a JSON value, with something else in one place."""
+    if isinstance(value, dict | list) and value and rng.random() < 0.85:
+        copied = value.copy()
+        keys = list(value) if isinstance(value, dict) else range(len(value))
+        key = rng.choice(keys)
+        action = rng.random() if depth or rng.random() < 0.2 else 1
+        if action < 0.08:
+            copied.pop(key)
+        elif action < 0.16 and isinstance(value, list):
+            copied.insert(key, rng.choice(value))
+        elif action < 0.22:
+            copied[key] = [value[key]]
+        else:
+            copied[key] = mutate(value[key], rng, depth + 1)
+        return copied
+    if type(value) in (int, float) and rng.random() < 0.6:
+        small = min(value, 1e300)
+        changed = (value * 1000, small / 100, -value, float(small), str(value), value + 1)
+        return rng.choice(changed)
+    return rng.choice((float("nan"), float("inf"), *ODD)) if depth else value
+
+
+def check_files_of_chance(folder, count, seed):
+    """Loads mutated files; whatever loads must give masks, truth and a check, or a ValueError."""
+    rle = {"size": [20, 30], "counts": [43, *[6, 14] * 5, 6, 451]}
+    text = {"size": [20, 30], "counts": utils.rle_encode(square_mask())["counts"]}
+    items = [
+        annotation(1, bbox=[2, 3, 6, 6], area=36, iscrowd=0),
+        annotation(2, segmentation=rle, category_id=3, iscrowd=1),
+        annotation(3, segmentation=text, image_id=2),
+        annotation(4, segmentation=[], bbox=[1, 1, 5, 5], image_id=2),
+    ]
+    path = write(folder, items)
+    content = json.loads(path.read_text())
+    rng = random.Random(seed)
+    loaded = 0
+    for _ in range(count):
+        changed = content
+        for _ in range(rng.randint(1, 4)):
+            changed = mutate(changed, rng)
+        data = json.dumps(changed).encode()
+        if rng.random() < 0.1:
+            data = bytearray(data)
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        path.write_bytes(data)
+        try:
+            dataset, summary = load(path)
+            str(summary).encode()
+            check = inspection.check_objects(dataset, TinyNetwork(NUM_CLASSES=dataset.num_classes))
+            objects = 0
+            for i in range(dataset.num_images):
+                dataset.ground_truth(i)
+                objects += int((dataset.load_mask(i)[1] > 0).sum())
+                pickle.loads(pickle.dumps(dataset.image_info[i]))
+            assert objects or check.error
+            loaded += 1
+        except Exception as error:
+            if type(error) not in (ValueError, FileNotFoundError) or "\n" in str(error):
+                raise AssertionError(data) from error
+    return loaded
+
+
+def test_a_few_hundred_files_of_chance(tmp_path):
+    assert check_files_of_chance(tmp_path, 300, seed=0) > 60
+
+
+@pytest.mark.slow
+def test_thousands_of_files_of_chance(tmp_path):
+    assert check_files_of_chance(tmp_path, 10_000, seed=1) > 2000
+
+
+def test_run_lengths_of_chance():
+    rng = random.Random(0)
+    good = utils.rle_encode(square_mask())["counts"]
+    for _ in range(2000):
+        text = list(good)
+        for _ in range(rng.randint(1, 4)):
+            text[rng.randrange(len(text)) :][:1] = chr(rng.randrange(256))
+            text[rng.randrange(len(text))] = chr(rng.randrange(40, 120))
+        rle = {"size": [20, 30], "counts": "".join(text)[: rng.randint(0, len(text))]}
+        try:
+            found = read_run_lengths(rle)
+        except (ArithmeticError, LookupError, SyntaxError, TypeError, ValueError):
+            continue
+        box, part = utils.rle_decode_part({"size": found.size, "counts": found.counts})
+        y1, x1, y2, x2 = box
+        assert not part.size or found.bounds[0::2] == (x1, x2)
+        assert found.bounds[1] <= y1
+        assert y2 <= found.bounds[3]
 
 
 # --- MS COCO -------------------------------------------------------------------------------------

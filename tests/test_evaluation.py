@@ -327,3 +327,18 @@ def test_two_processes_share_the_images(tmp_path):
     assert results == alone.results
     np.testing.assert_array_equal([*bbox.values()], [*alone.bbox.values()])
     np.testing.assert_array_equal([*segm.values()], [*alone.segm.values()])
+
+
+def test_images_that_cannot_be_used_are_skipped_if_asked_for(caplog):
+    dataset = Squares(*SCENES)
+    model = Oracle(dataset, lambda i: truth_as_result(dataset, i))
+    model.config.SKIP_UNREADABLE_IMAGES = True
+    usual = dataset.load_image
+    dataset.load_image = lambda i: utils.load_image("/nowhere/0.png") if i == 0 else usual(i)
+    result = evaluation.evaluate_coco(model, dataset, verbose=0)
+    assert result.images == 3
+    assert {r["image_id"] for r in result.results} == {"s2", "s3"}
+    assert "left out: image file /nowhere/0.png" in caplog.text
+    dataset.load_image = lambda i: utils.load_image("/nowhere/0.png")
+    with pytest.raises(ValueError, match="none can be read"):
+        evaluation.evaluate_coco(model, dataset, verbose=0)
