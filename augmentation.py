@@ -7,8 +7,9 @@ It may change height and width, but not the number of instances: one that leaves
 empty mask and is dropped later. It must not write into its arguments, and a lambda cannot be sent
 to the worker processes of Windows and macOS.
 
-Hundreds of objects in a large image are gigabytes as an array. Those here get them as BoxedMasks,
-which slices alike; so does a function or class of yours that is marked with @takes_boxed_masks.
+Hundreds of objects in a large image are gigabytes as an array. The augmentations here get them as
+BoxedMasks, which are sliced like arrays; so does a function or class of yours that is marked with
+@takes_boxed_masks.
 """
 
 from collections.abc import Callable, Sequence

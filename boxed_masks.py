@@ -13,8 +13,9 @@ Part = tuple[tuple[int, int, int, int], np.ndarray]
 class BoxedMasks:
     """The masks of an image, [H, W, N] bool, each kept as the part in its box.
 
-    450 objects on 12 megapixels are 5 GB as an array, and some megabytes here. Slices, ascending
-    index arrays, swapaxes, pad and any do what they do with an array; np.asarray makes one.
+    450 objects on 12 megapixels are 5 GB as an array, and some megabytes here. Slices, index arrays
+    that rise or fall throughout, swapaxes and any do what they do with an array; np.asarray makes
+    one.
 
     Args:
         size: (H, W).
@@ -94,8 +95,7 @@ class BoxedMasks:
         crop: tuple[int, int, int, int] | None = None,
     ) -> "BoxedMasks":
         """As utils.resize_image resized their image, see utils.resize_mask."""
-        y, x = utils.mask_taps(self.size, scale, crop)
-        return self[y, x] if crop is not None else self[y, x].pad(padding)
+        return self[utils.mask_taps(self.size, scale, crop)].pad(padding)
 
     def any(self) -> bool:
         """Whether any pixel is set."""
@@ -129,7 +129,7 @@ class BoxedMasks:
         return mini_masks
 
 
-def load_boxed_masks(dataset: utils.Dataset, image_id: int) -> tuple[BoxedMasks, np.ndarray]:
+def read_masks(dataset: utils.Dataset, image_id: int) -> tuple[BoxedMasks, np.ndarray]:
     """Masks and class ids [N] of an image, see utils.Dataset.load_mask.
 
     A data set that need not make an array of all masks has a method load_boxed_masks; a sub-class

@@ -138,6 +138,14 @@ def whole(least: int) -> Callable[[str], int]:
     return parse
 
 
+def names(text: str) -> list[str]:
+    """The type of options that are names with commas between them."""
+    found = [name.strip() for name in text.split(",")]
+    if not all(found) or len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"must be names with commas between them, got {text!r}")
+    return found
+
+
 def positive(text: str) -> float:
     """The type of options that are numbers above 0."""
     value = _number(text)
@@ -152,6 +160,23 @@ def share(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, got {text!r}")
     return value
+
+
+def bit_depth(text: str) -> int | str:
+    """The type of options that say how files of more than 8 bits are scaled."""
+    if text == "auto":
+        return text
+    if not (text.isdecimal() and 8 <= int(text) <= 16):
+        raise argparse.ArgumentTypeError(f"must be 8 to 16 or auto, got {text!r}")
+    return int(text)
+
+
+def add_bit_depth(group: Any) -> None:
+    """The option --bit-depth, as the IMAGE_BIT_DEPTH of Config."""
+    text = "bits used of 16 in image files, 8 to 16, or auto: from the image's own values"
+    group.add_argument(
+        "--bit-depth", dest="IMAGE_BIT_DEPTH", type=bit_depth, metavar="N", help=text
+    )
 
 
 def _number(text: str) -> float:

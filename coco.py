@@ -35,7 +35,7 @@ from config import Config
 from dataset import horizontal_flip
 from evaluation import build_coco_results as build_coco_results
 from evaluation import evaluate_coco, evaluator
-from inspection import inspect
+from inspection import check_objects, inspect
 
 logger = logging.getLogger(__name__)
 
@@ -83,11 +83,18 @@ def train(args: argparse.Namespace) -> None:
     """python coco.py train"""
     # First the file: a wrong one should not cost the minutes of loading the data.
     path = model_file(args, args.BACKBONE or CocoConfig.BACKBONE)
-    train_set = training_data(args)
+    # A run goes on with its own classes; the file may number them otherwise.
+    names = weights.read_options(path).get("CLASS_NAMES") if args.model == "last" and path else None
+    train_set = training_data(args, names or ())
     val_set = validation_data(args, train_set.class_names)
     if args.SEED is not None:
         torch.manual_seed(args.SEED)
     model = model_to_train(args, path, train_set).to(args.device)
+    check = check_objects(train_set, model.config)
+    for line in check.warnings:
+        logger.warning("%s", line)
+    if check.error:
+        raise ValueError(check.error)
     if val_set is None:
         train_set, val_set = keep_some(args, train_set, model.config.SEED)
     if args.dataset is None and args.STEPS_PER_EPOCH is None and args.model != "last":
@@ -197,12 +204,6 @@ def evaluate(args: argparse.Namespace) -> None:
     model = modellib.MaskRCNN.from_weights(path, **options).to(args.device)
     names = model.config.CLASS_NAMES or (CLASS_NAMES if args.model == "coco" else [])
     dataset = evaluation_data(args, names)
-    if names and list(names) != dataset.class_names:
-        logger.warning(
-            "the model was trained on other classes, %s, than those of the data, %s",
-            ", ".join(names[1:]),
-            ", ".join(dataset.class_names[1:]),
-        )
     count = min(args.limit or dataset.num_images, dataset.num_images)
     logger.info("%s on %d of %d images (see --limit)", path, count, dataset.num_images)
     result = evaluate_coco(model, dataset, limit=args.limit, results_path=args.results)
@@ -214,8 +215,11 @@ def inspect_data(args: argparse.Namespace) -> None:
     """python coco.py inspect"""
     dataset = training_data(args)
     config = CocoConfig(**config_options(args), NUM_CLASSES=dataset.num_classes)
-    print(inspect(dataset, config, args.output, args.limit))
+    check = check_objects(dataset, config)
+    print("\n".join([inspect(dataset, config, args.output, args.limit), *check.warnings]))
     print(f"sheet: {args.output}")
+    if check.error:
+        raise ValueError(check.error)
 
 
 # --- Data ----------------------------------------------------------------------------------------
@@ -224,11 +228,23 @@ def inspect_data(args: argparse.Namespace) -> None:
 DRAWN: dict[str, type[DrawnDataset]] = {"via": ViaDataset, "labelme": LabelmeDataset}
 
 
-def training_data(args: argparse.Namespace) -> utils.Dataset:
-    """What to train on, or to inspect."""
+def training_data(args: argparse.Namespace, names: Sequence[str] = ()) -> utils.Dataset:
+    """What to train on, or to inspect.
+
+    Args:
+        names: of the classes, the background's first; empty for those of the data.
+    """
     if args.dataset is None:
-        return load_own(args, args.images, args.annotations)
-    return load_subsets(args, ["train", "valminusminival"] if args.year == "2014" else ["train"])
+        dataset = load_own(args, args.images, args.annotations, names)
+    else:
+        subsets = ["train", "valminusminival"] if args.year == "2014" else ["train"]
+        dataset = load_subsets(args, subsets)
+    if args.classes:
+        all_images = dataset.num_images
+        dataset.image_info = [info for info in dataset.image_info if info["annotations"]]
+        dataset.prepare()
+        logger.info("%d of %d images show these classes", dataset.num_images, all_images)
+    return dataset
 
 
 def validation_data(args: argparse.Namespace, names: Sequence[str]) -> utils.Dataset | None:
@@ -238,51 +254,59 @@ def validation_data(args: argparse.Namespace, names: Sequence[str]) -> utils.Dat
         names: of the classes of the training data, the background's first.
     """
     if args.dataset is not None:
-        dataset = load_subsets(args, ["minival" if args.year == "2014" else "val"])
-    elif args.val_annotations is not None:
-        dataset = load_own(args, args.val_images or args.images, args.val_annotations, names)
-    else:
-        return None
-    if dataset.class_names != list(names):
-        raise ValueError(
-            f"training and validation data must have the same categories, got"
-            f" {list(names[1:])} and {dataset.class_names[1:]}"
-        )
-    return dataset
+        return load_subsets(args, ["minival" if args.year == "2014" else "val"])
+    if args.val_annotations is not None:
+        return load_own(args, args.val_images or args.images, args.val_annotations, names)
+    return None
 
 
 def evaluation_data(args: argparse.Namespace, names: Sequence[str]) -> utils.Dataset:
     """What to evaluate a model on; `names` as in validation_data, empty if nobody knows them."""
     if args.dataset is None:
         return load_own(args, args.images, args.annotations, names)
-    return load_subsets(args, ["minival" if args.year == "2014" else "val"])
+    return load_subsets(args, ["minival" if args.year == "2014" else "val"], names)
 
 
-def load_subsets(args: argparse.Namespace, subsets: Sequence[str]) -> utils.Dataset:
-    """Subsets of MS COCO as one data set."""
+def load_subsets(
+    args: argparse.Namespace, subsets: Sequence[str], names: Sequence[str] = ()
+) -> utils.Dataset:
+    """Subsets of MS COCO as one data set; `names` as in load_own."""
     dataset = CocoDataset()
     for subset in subsets:
-        dataset.load_coco(args.dataset, subset, args.year or "2017", auto_download=args.download)
+        dataset.load_coco(
+            args.dataset,
+            subset,
+            args.year or "2017",
+            auto_download=args.download,
+            class_names=names[1:] or None,
+            only_classes=args.classes,
+            crowd_as_objects=args.crowd_as_objects,
+        )
     dataset.prepare()
     return dataset
 
 
 def load_own(
-    args: argparse.Namespace, images: str, annotations: str, names: Sequence[str] = ()
+    args: argparse.Namespace,
+    images: Sequence[str],
+    annotations: Sequence[str],
+    names: Sequence[str] = (),
 ) -> utils.Dataset:
     """A data set of one's own, in the format that --format names.
 
     Args:
-        names: of classes, the background's first, in the order of their ids. VIA and labelme have
-            names alone; in COCO's format the ids of the categories order them.
+        names: of classes, the background's first, in the order of their ids; empty for those of
+            the files. Classes are told apart by name, whatever ids the files give them.
     """
     dataset: CocoDataset | DrawnDataset
     if args.format in DRAWN:
         dataset = DRAWN[args.format]()
-        dataset.load_annotations(images, annotations, args.class_attribute, names[1:])
+        dataset.load_annotations(images[0], annotations[0], args.class_attribute, names[1:])
     else:
         dataset = CocoDataset()
-        dataset.load_annotations(images, annotations)
+        dataset.load_files(
+            images, annotations, names[1:] or None, args.classes, args.crowd_as_objects
+        )
     dataset.prepare()
     return dataset
 
@@ -296,6 +320,7 @@ EXAMPLES = {
   python coco.py train --dataset=/path/to/coco --model=last
   python coco.py train --images photos --annotations train.json --val-annotations val.json \\
       --model coco --layers heads --epochs 10 --steps 100
+  python coco.py train --images a b --annotations a.json b.json --classes cat,dog --model coco
   python coco.py train --images photos --annotations via.json --format via --model coco
   python coco.py train --images photos --annotations photos --format labelme --model coco
   torchrun --nproc-per-node=8 -- coco.py train --dataset=/path/to/coco --model=imagenet
@@ -360,25 +385,45 @@ def add_data_options(parser: cli.Parser, command: str) -> None:
     )
 
     add = parser.add_argument_group("data of one's own, instead of --dataset").add_argument
-    add("--images", metavar="DIR", help="the folder of the images")
-    add("--annotations", metavar="FILE", help="the json that describes them; labelme: the folder")
+    several: dict[str, Any] = {"nargs": "+", "action": "extend"}
+    text = "the folder of the images, or one for each of several files"
+    add("--images", metavar="DIR", **several, help=text)
+    text = "the json that describes them, or several; labelme: the folder"
+    add("--annotations", metavar="FILE", **several, help=text)
     formats = ("coco", *DRAWN)
     add("--format", choices=formats, default="coco", help="of the annotations; default: coco")
     text = "VIA's region attribute that holds the class; default: the only one"
     add("--class-attribute", metavar="NAME", help=text)
     if command == "train":
-        add("--val-annotations", metavar="FILE", help="what to evaluate each epoch on")
-        add("--val-images", metavar="DIR", help="where its images are; default: --images")
+        add("--val-annotations", metavar="FILE", **several, help="what to evaluate each epoch on")
+        text = "where its images are; default: --images"
+        add("--val-images", metavar="DIR", **several, help=text)
         text = "share of the images kept to evaluate on without --val-annotations; default: 0.2"
         add("--val-share", type=cli.share, metavar="X", help=text)
 
-    add = parser.add_argument_group("how many images, and how large").add_argument
+    add = parser.add_argument_group("which objects").add_argument
+    text = "only these classes, by name, and to train on only images that show one of them"
+    add("--classes", type=cli.names, metavar="A,B", help=text)
+    text = "take crowds (iscrowd) for objects, as some tools mark what was drawn with a brush"
+    add("--crowd-as-objects", action="store_true", help=text)
+
+    group = parser.add_argument_group("how many images, and how large")
+    add = group.add_argument
     text = "images to look at" if command == "inspect" else "images to evaluate"
     add(
         "--limit", type=cli.whole(0), default=500, metavar="N", help=f"{text}, 0: all; default: 500"
     )
     text = "side of the network input, a multiple of 64"
     add("--image-dim", type=cli.whole(1), metavar="N", help=text)
+    cli.add_bit_depth(group)
+    text = "go on without images that cannot be read"
+    add(
+        "--skip-unreadable",
+        dest="SKIP_UNREADABLE_IMAGES",
+        action="store_const",
+        const=True,
+        help=text,
+    )
 
 
 def add_model_options(parser: cli.Parser, command: str) -> None:
@@ -444,6 +489,11 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--year and --download are for --dataset")
     if args.dataset is not None and (args.format != "coco" or args.class_attribute):
         raise ValueError("--format and --class-attribute are for --annotations")
+    if args.format != "coco" and (args.classes or args.crowd_as_objects):
+        raise ValueError("--classes and --crowd-as-objects are for --format coco")
+    files = (args.annotations or []), (getattr(args, "val_annotations", None) or [])
+    if args.format != "coco" and max(map(len, files)) > 1:
+        raise ValueError("several files of annotations are for --format coco")
     if args.class_attribute and args.format != "via":
         raise ValueError("--class-attribute is for --format via")
     if args.command == "train":

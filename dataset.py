@@ -19,9 +19,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
+import distributed
 import utils
 from augmentation import Augmentation, augment
 from augmentation import ColorJitter as ColorJitter
@@ -31,12 +32,12 @@ from augmentation import ScaleJitter as ScaleJitter
 from augmentation import horizontal_flip as horizontal_flip
 from augmentation import rot90 as rot90
 from augmentation import vertical_flip as vertical_flip
-from boxed_masks import BoxedMasks, load_boxed_masks
+from boxed_masks import BoxedMasks, read_masks
 from config import Config, are_network_sides
 
 logger = logging.getLogger(__name__)
 
-# What an image should teach, see TorchDataset.
+# The annotations of an image as tensors, see TorchDataset.
 Target = dict[str, Any]
 # Images [B, C, H, W] uint8 and a target for each.
 Batch = tuple[Tensor, list[Target]]
@@ -100,7 +101,7 @@ class TorchDataset(torch.utils.data.Dataset[tuple[Tensor, Target]]):
                 f"NUM_CLASSES must be {dataset.num_classes} as in the data set, background"
                 f" included, got {config.NUM_CLASSES}"
             )
-        self.dataset = copy.copy(dataset)
+        self.dataset = copy.copy(dataset.at_bit_depth(config.IMAGE_BIT_DEPTH))
         self.dataset.image_info = _PackedList(dataset.image_info)  # type: ignore[assignment]
         self.config = config
         self.augmentation = augmentation
@@ -112,7 +113,7 @@ class TorchDataset(torch.utils.data.Dataset[tuple[Tensor, Target]]):
         return self.dataset.num_images
 
     def set_epoch(self, epoch: int) -> None:
-        """Changes what is left to chance; to be called between two runs through a loader."""
+        """Changes what is left to chance; to be called between two passes through a loader."""
         self._epoch.fill_(epoch)
 
     def describe(self, image_id: int) -> str:
@@ -143,7 +144,7 @@ class TorchDataset(torch.utils.data.Dataset[tuple[Tensor, Target]]):
         except Exception as error:  # whatever a decoder or the user's load_mask stumbles over
             message = f"image {self.describe(image_id)} cannot be used: {error!r}"
             if not config.SKIP_UNREADABLE_IMAGES:
-                remedy = "correct or remove it, or set SKIP_UNREADABLE_IMAGES"
+                remedy = "correct or remove it, or set SKIP_UNREADABLE_IMAGES (--skip-unreadable)"
                 raise ValueError(f"{message}; {remedy}") from error
             self._log_once(image_id, logging.WARNING, f"{message}; another takes its place")
             return None
@@ -177,8 +178,10 @@ class TorchDataset(torch.utils.data.Dataset[tuple[Tensor, Target]]):
     def _read(self, image_id: int) -> tuple[np.ndarray, BoxedMasks, np.ndarray]:
         """Image [H, W, C] uint8, masks and class ids [N] int64, checked."""
         image = self.dataset.load_image(image_id)
-        image = utils.as_uint8_image(image, self.config.IMAGE_CHANNEL_COUNT)
-        masks, class_ids = load_boxed_masks(self.dataset, image_id)
+        image = utils.as_uint8_image(
+            image, self.config.IMAGE_CHANNEL_COUNT, self.config.IMAGE_BIT_DEPTH
+        )
+        masks, class_ids = read_masks(self.dataset, image_id)
         class_ids = class_ids.astype(np.int64)
         if masks.size != image.shape[:2]:
             raise ValueError(
@@ -241,7 +244,8 @@ def collate(items: Sequence[tuple[Tensor, Target]]) -> Batch:
         def pad(x: Tensor) -> Tensor:
             return F.pad(x, (0, width - x.shape[2], 0, height - x.shape[1]))
 
-        # Mini masks are all of one shape, so here they cannot all be as large as their images.
+        # Full masks are as large as their images; mini masks, all of one shape, cannot be, as these
+        # images are of several.
         if all(target["masks"].shape[1:] == image.shape[1:] for image, target in items):
             targets = [{**target, "masks": pad(target["masks"])} for target in targets]
         images = [pad(image) for image in images]
@@ -252,19 +256,7 @@ def check_batch(
     images: Tensor, targets: Sequence[Mapping[str, Any]] | None, config: Config
 ) -> None:
     """Raises TypeError or ValueError unless MaskRCNN.forward can use images and targets."""
-
-    def check(name: str, tensor: object, dtype: torch.dtype, shape: Sequence[int | str]) -> None:
-        if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
-            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{name} must be a tensor of {dtype}, got {kind}")
-        wrong = any(
-            isinstance(n, int) and n != m for n, m in zip(shape, tensor.shape, strict=False)
-        )
-        if wrong or len(shape) != tensor.dim():
-            expected = ", ".join(map(str, shape))
-            raise ValueError(f"{name} must have shape [{expected}], got {list(tensor.shape)}")
-
-    check("images", images, torch.uint8, ("B", config.IMAGE_CHANNEL_COUNT, "H", "W"))
+    _check_tensor("images", images, torch.uint8, ("B", config.IMAGE_CHANNEL_COUNT, "H", "W"))
     height, width = images.shape[2:]
     if len(images) == 0 or not are_network_sides(height, width):
         raise ValueError(
@@ -277,46 +269,65 @@ def check_batch(
         raise ValueError(
             f"targets must have a dict for each image, got {len(targets)} for {len(images)} images"
         )
-    classes = config.NUM_CLASSES
-    needed = {"class_ids", "boxes", "masks"} | (set() if config.USE_RPN_ROIS else {"rois"})
     mask_shape = config.MINI_MASK_SHAPE if config.USE_MINI_MASK else (height, width)
     for i, target in enumerate(targets):
-        prefix = f"targets[{i}]"
-        missing = needed - target.keys()
-        if missing:
-            raise ValueError(f"{prefix} must have {', '.join(sorted(needed))}, lacks {missing}")
-        class_ids, boxes = target["class_ids"], target["boxes"]
-        check(f"{prefix} class_ids", class_ids, torch.int64, ("N",))
-        count = len(class_ids)
-        check(f"{prefix} boxes", boxes, torch.float32, (count, 4))
-        check(f"{prefix} masks", target["masks"], torch.bool, (count, *mask_shape))
-        if "active_class_ids" in target:
-            active = target["active_class_ids"]
-            check(f"{prefix} active_class_ids", active, torch.bool, (classes,))
-        if not config.USE_RPN_ROIS:
-            check(f"{prefix} rois", target["rois"], torch.float32, ("M", 4))
-        strange = class_ids[(class_ids == 0) | (class_ids.abs() >= classes)]
-        if len(strange):
-            raise ValueError(
-                f"{prefix} class_ids must be 1..{classes - 1}, or negative for crowds, got"
-                f" {strange[0].item()}; NUM_CLASSES counts the background too"
-            )
-        good = boxes.isfinite().all(dim=1) & (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
-        if not good.all():
-            raise ValueError(
-                f"{prefix} boxes must be finite with y1 < y2 and x1 < x2, got"
-                f" {boxes[~good][0].tolist()}; drop objects without pixels"
-            )
+        _check_target(f"targets[{i}]", target, mask_shape, config)
+
+
+def _check_target(
+    name: str, target: Mapping[str, Any], mask_shape: Sequence[int], config: Config
+) -> None:
+    classes = config.NUM_CLASSES
+    needed = {"class_ids", "boxes", "masks"} | (set() if config.USE_RPN_ROIS else {"rois"})
+    missing = needed - target.keys()
+    if missing:
+        raise ValueError(f"{name} must have {', '.join(sorted(needed))}, lacks {missing}")
+    class_ids, boxes = target["class_ids"], target["boxes"]
+    _check_tensor(f"{name} class_ids", class_ids, torch.int64, ("N",))
+    count = len(class_ids)
+    _check_tensor(f"{name} boxes", boxes, torch.float32, (count, 4))
+    _check_tensor(f"{name} masks", target["masks"], torch.bool, (count, *mask_shape))
+    if "active_class_ids" in target:
+        active = target["active_class_ids"]
+        _check_tensor(f"{name} active_class_ids", active, torch.bool, (classes,))
+    if not config.USE_RPN_ROIS:
+        _check_tensor(f"{name} rois", target["rois"], torch.float32, ("M", 4))
+    strange = class_ids[(class_ids == 0) | (class_ids.abs() >= classes)]
+    if len(strange):
+        raise ValueError(
+            f"{name} class_ids must be 1..{classes - 1}, or negative for crowds, got"
+            f" {strange[0].item()}; NUM_CLASSES counts the background too"
+        )
+    good = boxes.isfinite().all(dim=1) & (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+    if not good.all():
+        raise ValueError(
+            f"{name} boxes must be finite with y1 < y2 and x1 < x2, got"
+            f" {boxes[~good][0].tolist()}; drop objects without pixels"
+        )
+
+
+def _check_tensor(
+    name: str, tensor: object, dtype: torch.dtype, shape: Sequence[int | str]
+) -> None:
+    """A letter in a shape stands for any number."""
+    if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
+        kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name} must be a tensor of {dtype}, got {kind}")
+    sides = zip(shape, tensor.shape, strict=False)
+    if len(shape) != tensor.dim() or any(isinstance(n, int) and n != m for n, m in sides):
+        expected = ", ".join(map(str, shape))
+        raise ValueError(f"{name} must have shape [{expected}], got {list(tensor.shape)}")
 
 
 class EpochSampler(DistributedSampler[Any]):
-    """The share that a process has of an epoch: all images in an order from seed and epoch alone.
+    """The share that this process has of a pass through the data.
 
-    Unlike torch's RandomSampler it forgets nothing when a run is resumed.
+    All images come in an order from seed and number of the pass (torch: epoch) alone. Unlike
+    torch's RandomSampler it forgets nothing when a run is resumed.
 
     Attributes:
         start: how many images of the share to leave out at its beginning, for a run that is
-            resumed amid an epoch.
+            resumed in the middle of a pass.
     """
 
     start = 0
@@ -326,22 +337,19 @@ class EpochSampler(DistributedSampler[Any]):
 
 
 def make_loader(
-    dataset: torch.utils.data.Dataset[tuple[Tensor, Target]],
-    config: Config,
-    shuffle: bool,
-    sampler: Sampler[Any] | None = None,
+    dataset: torch.utils.data.Dataset[tuple[Tensor, Target]], config: Config, shuffle: bool
 ) -> DataLoader[Any]:
-    """Batches of IMAGES_PER_GPU images, the last one smaller; call set_epoch before each run.
+    """Batches of IMAGES_PER_GPU images, the last one smaller; call set_epoch before each pass.
+
+    Under torchrun each process gets its share of the images.
 
     Args:
         dataset: a TorchDataset, or another one with such items.
         config: IMAGES_PER_GPU, NUM_WORKERS and SEED.
-        shuffle: a new order in each epoch, from SEED and epoch alone; False for validation.
-        sampler: what else decides on the order and the share of a process, e.g. an EpochSampler of
-            several processes; shuffle is not looked at then.
+        shuffle: a new order in each pass, from SEED and its number alone; False for validation.
     """
-    if sampler is None:
-        sampler = EpochSampler(dataset, 1, 0, shuffle=shuffle, seed=config.SEED)
+    several = distributed.world_size(), distributed.rank()
+    sampler = EpochSampler(dataset, *several, shuffle=shuffle, seed=config.SEED)
     workers = config.NUM_WORKERS
     if workers is None:
         affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
@@ -361,7 +369,7 @@ def make_loader(
 
 
 def set_epoch(loader: DataLoader[Any], epoch: int) -> None:
-    """Gives the next run through a loader the order and the augmentation of this epoch."""
+    """Gives the next pass through a loader the order and the augmentation of this number."""
     for part in (loader.dataset, loader.sampler):
         if hasattr(part, "set_epoch"):
             part.set_epoch(epoch)

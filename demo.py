@@ -26,6 +26,7 @@ from tqdm import tqdm
 import cli
 import coco
 import coco_export
+import image_files
 import model as modellib
 import outlines
 import utils
@@ -34,15 +35,13 @@ from annotations import read_json
 from config import Config
 from file_names import ImageFolder
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
-
 
 def find_images(paths: Sequence[str]) -> list[Path]:
     """The files named, and the images directly in the folders named."""
     found: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(item for item in path.iterdir() if item.suffix.lower() in SUFFIXES)
+            inside = image_files.list_images(path)
             if not inside:
                 raise FileNotFoundError(f"no images in the folder {path}")
             found += inside
@@ -107,7 +106,8 @@ def write(path: Path, content: np.ndarray | list[Any] | dict[str, Any]) -> None:
     """Writes a picture or a JSON file, whole or not at all."""
     if isinstance(content, np.ndarray):
         picture = Image.fromarray(content)
-        utils.write_atomic(path, lambda file: picture.save(file, format=path.suffix[1:]))
+        mark = image_files.output_mark()
+        utils.write_atomic(path, lambda file: picture.save(file, format="png", pnginfo=mark))
     else:
         text = json.dumps(content)
         utils.write_atomic(path, lambda file: file.write(text.encode()))
@@ -147,6 +147,8 @@ def detect(args: argparse.Namespace) -> int:
         if file is not None:  # what cannot be written should be known before hours of detection
             Path(file).parent.mkdir(parents=True, exist_ok=True)
     options = {"DETECTION_MIN_CONFIDENCE": args.min_confidence}
+    if args.IMAGE_BIT_DEPTH is not None:  # else as the file says
+        options["IMAGE_BIT_DEPTH"] = args.IMAGE_BIT_DEPTH
     model = modellib.MaskRCNN.from_weights(model_name, **options).to(args.device)
     names = class_names(model.config)
     category_ids = coco.CATEGORY_IDS if names == coco.CLASS_NAMES else None
@@ -159,7 +161,9 @@ def detect(args: argparse.Namespace) -> int:
     for path, image in tqdm(images.items(), unit="image", disable=len(images) <= 2):
         try:
             if image is None:
-                image = utils.load_image(path, model.config.IMAGE_CHANNEL_COUNT)
+                image = image_files.load_image(
+                    path, model.config.IMAGE_CHANNEL_COUNT, model.config.IMAGE_BIT_DEPTH
+                )
             result, pictures = look(model, image, names, args)
             hint = "" if len(result["scores"]) else below(model, image)
         except cli.EXPECTED as error:
@@ -254,6 +258,7 @@ def build_parser() -> cli.Parser:
     add("--model", metavar="NAME|FILE", help=text)
     add("--output", default="out", metavar="DIR", help="of the pictures; default: out")
     cli.add_device(parser)
+    cli.add_bit_depth(parser)
     text = "least score of what is shown, 0 to 1; default: 0.7"
     add("--min-confidence", type=cli.share, default=0.7, metavar="X", help=text)
     add("--stages", action="store_true", help="draw the four stages as well")

@@ -43,10 +43,9 @@ def from_main(value: Any) -> Any:
 
 
 def gather(value: Any) -> list[Any]:
-    """The values of all processes, by rank, in the main process; the own one alone elsewhere."""
-    values = [value]
+    """In the main process the values of all, by rank; in the others their own alone."""
+    values = [value] * (world_size() if is_main() else 1)
     if world_size() > 1:
-        values *= world_size()
         dist.gather_object(value, values if is_main() else None)
     return values
 
@@ -56,8 +55,8 @@ def join(device: str | None = None) -> Iterator[torch.device]:
     """Joins the processes that torchrun started, if it did, and gives each one its device.
 
     Args:
-        device: "cpu", "cuda", "cuda:1", ...; None for CUDA where there is one. Under torchrun
-            "cuda" means the GPU of the process's number on its machine.
+        device: "cpu", "cuda", "cuda:1", ...; None for CUDA where there is one. Under torchrun any
+            GPU means that of the process's number on its machine.
     """
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1

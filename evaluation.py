@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import distributed
 import utils
-from boxed_masks import BoxedMasks, load_boxed_masks
+from boxed_masks import BoxedMasks, read_masks
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
@@ -201,7 +201,7 @@ def ground_truth(dataset: utils.Dataset, image_id: int) -> list[dict[str, Any]]:
     """The instances of an image; a data set may have a method ground_truth(image_id) for it."""
     if hasattr(dataset, "ground_truth"):
         return dataset.ground_truth(image_id)
-    return instances_of_masks(*load_boxed_masks(dataset, image_id))
+    return instances_of_masks(*read_masks(dataset, image_id))
 
 
 def instances_of_masks(masks: BoxedMasks, class_ids: np.ndarray) -> list[dict[str, Any]]:
@@ -249,6 +249,7 @@ def _detect_all(
 ) -> tuple[dict[int, dict[str, Any]], float]:
     """The result of detect(masks="rle") for each image, and seconds in detect."""
     size = model.config.BATCH_SIZE
+    dataset = dataset.at_bit_depth(model.config.IMAGE_BIT_DEPTH)
     batches = [image_ids[start : start + size] for start in range(0, len(image_ids), size)]
     results: dict[int, dict[str, Any]] = {}
     seconds = 0.0

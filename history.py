@@ -1,5 +1,7 @@
 """What a run of training leaves besides checkpoints: a history, pictures of it, and events."""
 
+import contextlib
+import errno
 import json
 import logging
 import math
@@ -30,6 +32,16 @@ def read_history(folder: Path) -> list[Record]:
         raise ValueError(f"{path} is damaged: {error}; correct or remove it") from error
 
 
+def in_words(error: BaseException) -> str:
+    """Why a file could not be written; torch names a line of its C++ instead."""
+    if not isinstance(error, OSError) and isinstance(error.__context__, OSError):
+        error = error.__context__
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full"
+    text = (isinstance(error, OSError) and error.strerror) or str(error).partition("\n")[0]
+    return text or type(error).__name__
+
+
 class History:
     """The records of a run's epochs, and the files in its folder that show them.
 
@@ -50,12 +62,18 @@ class History:
         self.records = [r for r in read_history(folder) if r["epoch"] <= epochs]
         if not distributed.is_main():
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        self._write()
         values = {"version": weights.VERSION, "torch": torch.__version__}
         values |= weights.plain(config.to_dict())
         text = json.dumps(values, indent=1)
-        utils.write_atomic(folder / "config.json", lambda file: file.write(text.encode()))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._write()
+            utils.write_atomic(folder / "config.json", lambda file: file.write(text.encode()))
+        except OSError as error:
+            raise OSError(
+                f"the logs of a run could not be written to {folder}: {in_words(error)}; make room"
+                " there, or choose another folder"
+            ) from error
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
@@ -68,13 +86,19 @@ class History:
 
     def __exit__(self, *exception: object) -> None:
         if self.writer is not None:
-            self.writer.close()
+            with contextlib.suppress(OSError):  # events are lost on a full disk, and nothing else
+                self.writer.close()
 
     def add_scalars(self, values: dict[str, float], step: int) -> None:
-        """Adds events to TensorBoard's."""
-        if self.writer is not None:
+        """Adds events to TensorBoard's, as long as they can be written."""
+        if self.writer is None:
+            return
+        try:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
+        except OSError as error:
+            logger.error("no more TensorBoard events: %s", in_words(error))
+            self.writer = None
 
     def add(self, record: Record, checkpoint: Path, step: int) -> None:
         """Appends the record of an epoch; its checkpoint becomes best.pth if none was better."""
@@ -89,7 +113,8 @@ class History:
             if len(self.records) > 1:
                 self._plot()
         except OSError as error:  # as on a full disk; the next epoch writes all records anew
-            logger.error("the logs of epoch %d could not be written: %s", record["epoch"], error)
+            message = "the logs of epoch %d could not be written: %s"
+            logger.error(message, record["epoch"], in_words(error))
 
     def is_stale(self, epochs: int) -> bool:
         """Whether the last epoch has a score and the best one was at least so many epochs ago."""

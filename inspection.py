@@ -4,6 +4,7 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,133 @@ from tqdm import tqdm
 
 import evaluation
 import utils
+from boxed_masks import read_masks
 from config import Config
+
+
+@dataclass
+class Check:
+    """What of a data set training would not see.
+
+    Attributes:
+        warnings: lines on what is lost, and why.
+        error: why there is nothing to train on, or which images cannot be used; "" for neither.
+    """
+
+    warnings: list[str]
+    error: str
+
+
+# What keeps an object from being trained, and what to do about it.
+CROWD = "crowds (iscrowd); crowd_as_objects=True, --crowd-as-objects, takes them for objects"
+NO_PIXEL = (
+    "without a pixel in their image; were they drawn on another size of it, or are they in 0..1 or"
+    " in percent?"
+)
+TOO_SMALL = (
+    "of less than half a pixel of the network's input; use a larger IMAGE_MAX_DIM, --image-dim"
+)
+
+
+def check_objects(dataset: utils.Dataset, config: Config) -> Check:
+    """Counts the objects that training will really see, before it begins.
+
+    All images of a data set that tells the extents of its objects (see CocoDataset) are counted;
+    of others, of which masks must be drawn, some.
+
+    Args:
+        dataset: prepared.
+        config: what it is to be trained with.
+    """
+    cheap = hasattr(dataset, "extents")
+    ids = _spread(range(dataset.num_images), dataset.num_images if cheap else 200)
+    lost: dict[str, Counter[int]] = {reason: Counter() for reason in (CROWD, NO_PIXEL, TOO_SMALL)}
+    trained: Counter[int] = Counter()
+    faults = _faults(dataset)
+    scale = functools.lru_cache(1000)(functools.partial(_scale, config))
+    for image_id in ids:
+        try:
+            class_ids, boxes, size = _extents(dataset, image_id)
+        except (OSError, ValueError) as error:
+            faults.append(str(error))
+            continue
+        sides = (boxes[:, 2:] - boxes[:, :2]).min(axis=1, initial=math.inf)
+        for class_id, side in zip(class_ids.tolist(), sides.tolist(), strict=True):
+            if class_id < 0:
+                lost[CROWD][-class_id] += 1
+            elif side <= 0:
+                lost[NO_PIXEL][class_id] += 1
+            elif side * scale(tuple(size)) < 0.5:
+                lost[TOO_SMALL][class_id] += 1
+            else:
+                trained[class_id] += 1
+    return _judge(dataset, config, trained, lost, list(dict.fromkeys(faults)))
+
+
+def _extents(dataset: Any, image_id: int) -> tuple[np.ndarray, np.ndarray, Sequence[int]]:
+    if hasattr(dataset, "extents"):
+        return dataset.extents(image_id)
+    masks, class_ids = read_masks(dataset, image_id)
+    return class_ids, masks.tight().boxes, masks.size
+
+
+def _faults(dataset: Any) -> list[str]:
+    """What is wrong with the files of some images, of all where they are few."""
+    faults = []
+    if hasattr(dataset, "check_size"):
+        for image_id in _spread(range(dataset.num_images), 1000):
+            try:
+                dataset.check_size(image_id)
+            except (OSError, ValueError) as error:
+                faults.append(str(error))
+    return faults
+
+
+def _scale(config: Config, size: Sequence[int]) -> float:
+    """Network pixels per pixel of an image of this size."""
+    return utils.resize_to_network(np.empty((*size, 0), np.uint8), config).scale
+
+
+def _judge(
+    dataset: utils.Dataset,
+    config: Config,
+    trained: Counter[int],
+    lost: dict[str, Counter[int]],
+    faults: list[str],
+) -> Check:
+    lines = []
+    total = sum(trained.values()) + sum(sum(counts.values()) for counts in lost.values())
+    causes = [f"{counts.total()} {reason}" for reason, counts in lost.items() if counts]
+    if not trained:
+        if not total:
+            causes = [
+                f"{len(ids)} {remark}: {ids[0]}"
+                for summary in getattr(dataset, "summaries", ())
+                for remark, ids in summary.remarks.items()
+                if "dropped" in remark
+            ] or ["none of them has an annotation"]
+        text = f"there must be objects to train on, found none in {dataset.num_images} images"
+        return Check([], f"{text}: {'; '.join(causes)}")
+    for reason, counts in lost.items():
+        if counts.total() > 0.1 * total:
+            lines.append(f"{counts.total()} of {total} objects are {reason}")
+    names = dataset.class_names
+    for class_id in range(1, dataset.num_classes):
+        gone = {reason: counts[class_id] for reason, counts in lost.items() if counts[class_id]}
+        if gone and not trained[class_id]:
+            parts = ", ".join(f"{count} {reason}" for reason, count in gone.items())
+            lines.append(f"of the class {names[class_id]!r} nothing is left to train on: {parts}")
+    seen = trained.keys() | {class_id for counts in lost.values() for class_id in counts}
+    if empty := [names[i] for i in range(1, dataset.num_classes) if i not in seen]:
+        more = ", ..." if len(empty) > 8 else ""
+        lines.append(f"without any object: {', '.join(map(repr, empty[:8]))}{more}")
+    if not faults:
+        return Check(lines, "")
+    text = f"{len(faults)} images cannot be used: {faults[0]}"
+    if config.SKIP_UNREADABLE_IMAGES:
+        return Check([*lines, text], "")
+    remedy = "correct or remove them, or skip them with SKIP_UNREADABLE_IMAGES, --skip-unreadable"
+    return Check(lines, f"{text}; {remedy}")
 
 
 def inspect(
@@ -36,6 +163,7 @@ def inspect(
         Lines of text: sizes of images and objects, objects per image and class, and how well the
         anchors fit.
     """
+    dataset = dataset.at_bit_depth(config.IMAGE_BIT_DEPTH)
     ids = _spread(range(dataset.num_images), limit or dataset.num_images)
     usable, sizes, faults, counts = [], [], [], []
     sides, fits = [np.zeros(0)], [np.zeros(0)]

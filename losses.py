@@ -1,4 +1,4 @@
-"""The five losses. Each is a mean over all processes that train together.
+"""The losses; their names end in _loss. Their mean over all processes is what training minimises.
 
 A sum over nothing is 0 and keeps the graph, so that each parameter gets a gradient in each step.
 """
@@ -13,9 +13,10 @@ import distributed
 
 
 def mean(total: Tensor, count: int | Tensor) -> Tensor:
-    """A sum over its number of terms, which here is that of all processes that train together.
+    """A sum over its number of terms, of which the processes may have unlike numbers.
 
-    The mean of their gradients then is the gradient of one process that has all of the images.
+    So it is divided by their mean number. Since gradients are averaged over the processes, they are
+    those of one process that has all of the images.
     """
     terms = distributed.average(torch.as_tensor(count, dtype=torch.float32, device=total.device))
     return total / terms.clamp(min=1 / distributed.world_size())

@@ -12,6 +12,7 @@ network input) and unit (network pixels scaled so that 0 and 1 are the corner pi
 see utils.norm_boxes).
 """
 
+import contextlib
 import copy
 import logging
 import math
@@ -132,24 +133,11 @@ class Bottleneck(nn.Module):
                 nn.Conv2d(in_channels, out_channels, 1, stride=stride), BatchNorm2d(out_channels)
             )
 
-    def forward(self, x: Tensor, overwrite: bool = False) -> Tensor:
-        """overwrite: whether the result may take the place of x."""
+    def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
-        overwrite = overwrite or shortcut is not x
         x = convolve(self.conv1, x, self.bn1, relu=True)
         x = convolve(self.conv2, x, self.bn2, relu=True, winograd=False)
-        return convolve(self.conv3, x, self.bn3, relu=True, add=shortcut, overwrite=overwrite)
-
-
-class Stage(nn.Sequential):
-    """Blocks of one size, which may write over the output of the one before."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        overwrite = False
-        for block in self:
-            x = block(x, overwrite) if isinstance(block, Bottleneck) else block(x)
-            overwrite = isinstance(block, Bottleneck) and not block._forward_hooks
-        return x
+        return convolve(self.conv3, x, self.bn3, relu=True, add=shortcut)
 
 
 class StemPool(nn.MaxPool2d):
@@ -183,7 +171,7 @@ def resnet(blocks: Sequence[int], width: int = 64, in_channels: int = 3) -> list
         for block in range(count):
             layers.append(Bottleneck(channels, stage_width, 2 if stage > 0 and block == 0 else 1))
             channels = 4 * stage_width
-        stages.append(Stage(*layers))
+        stages.append(nn.Sequential(*layers))
     return stages
 
 
@@ -263,8 +251,7 @@ class FPN(nn.Module):
 
     @staticmethod
     def _merge(lateral: nn.Conv2d, c: Tensor, above: Tensor) -> Tensor:
-        above = F.interpolate(above, scale_factor=2.0)
-        return convolve(lateral, c, add=above, overwrite=True)
+        return convolve(lateral, c, add=F.interpolate(above, scale_factor=2.0))
 
 
 ############################################################
@@ -445,8 +432,8 @@ class Classifier(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Class logits [R, K] and deltas [R, K, 4] of the rois in P2..P5."""
         x = pyramid_roi_align(features, rois, self.pool_size, image_shape)
-        x = F.relu(self.bn1(dense(self.conv1, x)), inplace=True)
-        x = F.relu(self.bn2(dense(self.conv2, x)), inplace=True)
+        x = F.relu(self.bn1(dense(self.conv1, x)))
+        x = F.relu(self.bn2(dense(self.conv2, x)))
         x = x.flatten(1)  # [R, C]
         return self.linear_class(x), self.linear_bbox(x).unflatten(1, (-1, 4))
 
@@ -683,25 +670,11 @@ class MaskRCNN(nn.Module):
                 " train_model(train_dataset, val_dataset, learning_rate, epochs, layers)"
             )
         super().train(mode)
-        if mode:
-            fused.drop(self)
         if mode and not self.config.TRAIN_BN:
             for module in self.modules():
                 if isinstance(module, nn.BatchNorm2d):
                     module.eval()
         return self
-
-    def _apply(self, *arguments: Any, **options: Any) -> "MaskRCNN":
-        """What to(), double() and the like come down to."""
-        fused.drop(self)
-        return super()._apply(*arguments, **options)
-
-    def optimize_for_inference(self) -> None:
-        """Makes detection in float32 on a CPU faster; CPU_WINOGRAD has predict() call it.
-
-        Nothing else changes: weights may still be loaded, changed and trained. See fused.py.
-        """
-        fused.prepare(self)
 
     # --- From images to detections, or to losses
 
@@ -735,7 +708,6 @@ class MaskRCNN(nn.Module):
                 raise ValueError("training mode needs targets; call model.eval() to predict")
             whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=self.device)
             return self.predict(images, whole.expand(len(images), 4))
-        fused.drop(self)  # whoever detected before, losses do not depend on it
         image_shape = images.shape[2:]
         features = self.fpn(self.normalize(images))
         with torch.no_grad():
@@ -755,19 +727,31 @@ class MaskRCNN(nn.Module):
             images: [B, C, H, W] uint8, sides multiples of 64, on the model's device.
             windows: [B, 4] float32, unit frame, the part of each that shows the image.
         """
-        if self.config.CPU_WINOGRAD and self.device.type == "cpu":
-            self.optimize_for_inference()
-        image_shape = images.shape[2:]
-        *features, p6 = self.fpn(self.normalize(images))
-        rpn, proposals = self.propose([*features, p6], image_shape)
-        class_logits, class_deltas = self.classifier(features, proposals, image_shape)
-        class_probs = class_logits.float().softmax(dim=1)
-        detections = refine_detections(proposals, class_probs, class_deltas, windows, self.config)
-        rois = Rois(detections.boxes, detections.image_index)
-        mask_logits = self.mask(features, rois, detections.class_ids, image_shape)
-        return Prediction(
-            rpn, proposals, class_probs, class_deltas, detections, mask_logits.float().sigmoid()
-        )
+        fast = self.config.CPU_WINOGRAD and self.device.type == "cpu"
+        with fused.inference(self._keeps_to_itself()) if fast else contextlib.nullcontext():
+            image_shape = images.shape[2:]
+            *features, p6 = self.fpn(self.normalize(images))
+            rpn, proposals = self.propose([*features, p6], image_shape)
+            class_logits, class_deltas = self.classifier(features, proposals, image_shape)
+            class_probs = class_logits.float().softmax(dim=1)
+            detections = refine_detections(
+                proposals, class_probs, class_deltas, windows, self.config
+            )
+            rois = Rois(detections.boxes, detections.image_index)
+            mask_logits = self.mask(features, rois, detections.class_ids, image_shape)
+            return Prediction(
+                rpn, proposals, class_probs, class_deltas, detections, mask_logits.float().sigmoid()
+            )
+
+    def _keeps_to_itself(self) -> bool:
+        """Whether nothing but this file sees the maps of the ResNet and the pyramid.
+
+        Then sums may be made in place: no module there is of another kind, and no hook is set.
+        """
+        kinds = {FPN, Bottleneck, Convolution, StemPool, BatchNorm2d}
+        kinds |= {nn.Sequential, nn.Conv2d, nn.ReLU}
+        modules = list(self.fpn.modules())
+        return all(type(module) in kinds and not fused.is_watched(module) for module in modules)
 
     def detect(
         self, images: Sequence[np.ndarray], verbose: int = 0, masks: str = "full"
@@ -797,7 +781,8 @@ class MaskRCNN(nn.Module):
                 f"detect takes a list of images, got {type(images).__name__}; use detect([image])"
             )
         channels = self.config.IMAGE_CHANNEL_COUNT
-        images = [utils.as_uint8_image(image, channels) for image in images]
+        depth = self.config.IMAGE_BIT_DEPTH
+        images = [utils.as_uint8_image(image, channels, depth) for image in images]
         # Only images that need the same padding go in one batch: a batch of two is two of one.
         batches = defaultdict(list)
         for i, image in enumerate(images):
@@ -982,7 +967,7 @@ class MaskRCNN(nn.Module):
             elif isinstance(module, StemPool):
                 module.padding, module.ceil_mode = (1, False) if torchvision else (0, True)
             elif isinstance(module, Bottleneck):
-                # The first block of C3, C4 and C5 has the strides 1 and 2, in this order or that.
+                # The strides of the first block of C3, C4 and C5 are 2 and 1, or 1 and 2.
                 strides = sorted(
                     [module.conv1.stride, module.conv2.stride], reverse=not torchvision
                 )

@@ -123,11 +123,11 @@ def sample_rois(
     Objects are the proposals of ROI_POSITIVE_IOU or more with an object; background are those below
     it with every object, and below CROWD_IOU with every crowd. At most TRAIN_ROIS_PER_IMAGE, of
     which the share ROI_POSITIVE_RATIO are objects; where there are fewer objects there is less
-    background too. Matterport: so proposals that all miss the objects of an image teach nothing,
-    which keeps a new network from learning that everything is background. From an image without
-    objects Matterport learns nothing either; here it gives as much background as a full sample
-    has. Matterport fills the sample up with empty boxes, which its class loss takes for
-    background; here there are none.
+    background too.
+
+    As in Matterport, an image whose proposals all miss its objects teaches nothing; otherwise a new
+    network would learn that everything is background. Unlike there, an image without objects gives
+    the background of a full sample, and samples are not filled up with empty boxes.
 
     Args:
         proposals: [N, 4] float32, unit frame.
@@ -174,7 +174,8 @@ def crop_masks(
     if config.USE_MINI_MASK:
         corner, far_corner = gt_boxes[assigned].split(2, dim=1)
         boxes = (rois - corner.repeat(1, 2)) / (far_corner - corner).repeat(1, 2)
-    # As in pyramid_roi_align: rounding must not carry the last sample beyond the mask.
+    # As in pyramid_roi_align, rounding must not carry the last sample beyond the mask. Not a clamp:
+    # a roi may reach beyond its object.
     boxes = boxes.where(boxes != 1, 1 - 2**-22)
     height, width = config.MASK_SHAPE
     crops = crop_and_resize(masks[:, None].float(), boxes, assigned, height, width)

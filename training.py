@@ -30,13 +30,17 @@ import utils
 from checkpoints import Run, Stage, chance_of_its_own, make_folder
 from config import Config
 from dataset import Augmentation, Batch, EpochSampler, TorchDataset, make_loader, set_epoch
-from distributed import average, from_main, is_main, rank, world_size
+from distributed import average, from_main, is_main, world_size
 from history import History, Record
 
 logger = logging.getLogger(__name__)
 
 Callback = Callable[[Record], Any]
 AMP_DTYPES = {None: torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class DataWorkerError(ChildProcessError):
+    """A process that loads data was killed, mostly by the system because memory ran out."""
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -104,6 +108,22 @@ def endless(loader: DataLoader[Any], start: int) -> Iterator[Batch]:
         sampler.start = start % length * (loader.batch_size or 1)
         yield from loader
         start = 0
+
+
+@contextlib.contextmanager
+def explaining_killed_workers() -> Iterator[None]:
+    """Turns what torch raises anywhere when a worker was killed into a DataWorkerError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        reason = str(error).partition("\n")[0].strip(" .")
+        raise DataWorkerError(
+            f"a process that loads data was killed, probably because memory ran out ({reason}); use"
+            " fewer of them (--workers, NUM_WORKERS) or smaller batches, and go on from the last"
+            " checkpoint"
+        ) from error
 
 
 def autocast(device: torch.device, config: Config) -> torch.autocast:
@@ -264,6 +284,7 @@ def validate(model: nn.Module, loader: DataLoader[Any], config: Config) -> Recor
 # --- Stages --------------------------------------------------------------------------------------
 
 
+@explaining_killed_workers()
 def fit(model: Any, run: Run, stage: Stage, data: Data, hooks: Hooks) -> None:
     """Trains a stage to its end; MaskRCNN.train_model, which calls this, says more.
 
@@ -271,6 +292,10 @@ def fit(model: Any, run: Run, stage: Stage, data: Data, hooks: Hooks) -> None:
         model: maps (images, targets) to a dict of losses, and has `config` and `model_dir`. What
             the stage trains has been made trainable.
         run: what has been done before.
+
+    Raises:
+        OSError: the checkpoint of the last epoch could not be written, nor that of two in a row;
+            its subclasses BlockingIOError, another process trains this run, and DataWorkerError.
     """
     config = model.config
     run.record = from_main(run.record)
@@ -279,10 +304,10 @@ def fit(model: Any, run: Run, stage: Stage, data: Data, hooks: Hooks) -> None:
         return
 
     train_set = TorchDataset(data.train, config, data.augmentation)
-    train_loader = shared_loader(train_set, config, shuffle=True)
+    train_loader = make_loader(train_set, config, shuffle=True)
     val_loader = None
     if data.val is not None:
-        val_loader = shared_loader(TorchDataset(data.val, config), config, shuffle=False)
+        val_loader = make_loader(TorchDataset(data.val, config), config, shuffle=False)
     batches = endless(train_loader, run.steps(config) * config.GRADIENT_ACCUMULATION)
     trainer = Trainer(model, config, batches, train_set.describe)
     stage = run.enter(stage, trainer)
@@ -290,7 +315,10 @@ def fit(model: Any, run: Run, stage: Stage, data: Data, hooks: Hooks) -> None:
         run.log_dir = from_main(make_folder(model.model_dir, config.NAME) if is_main() else None)
 
     fault = ""
-    with History(run.log_dir, config, run.epoch, run.steps(config)) as history:
+    with (
+        run.alone(),
+        History(run.log_dir, config, run.epoch, run.steps(config)) as history,
+    ):
         if run.record:  # stopped after an epoch was trained and saved, before it was judged
             over = judge(model, run, stage, history, val_loader, hooks)
         else:
@@ -301,17 +329,13 @@ def fit(model: Any, run: Run, stage: Stage, data: Data, hooks: Hooks) -> None:
                 train_epoch(trainer, run, stage, history, interrupts)
                 fault = run.save(model, config, stage, trainer.state_dict())
             if interrupts.anywhere():
-                raise KeyboardInterrupt(fault or f"saved {run.checkpoint_path(config)}")
+                if fault:
+                    raise OSError(fault)
+                raise KeyboardInterrupt(f"saved {run.checkpoint_path(config)}")
             over = judge(model, run, stage, history, val_loader, hooks)
-    run.state = None
+    run.leave(stage)
     if fault:
         raise OSError(fault)
-
-
-def shared_loader(data: TorchDataset, config: Config, shuffle: bool) -> DataLoader[Any]:
-    """A loader of the share that this process has of the data."""
-    sampler = EpochSampler(data, world_size(), rank(), shuffle=shuffle, seed=config.SEED)
-    return make_loader(data, config, shuffle, sampler)
 
 
 def train_epoch(

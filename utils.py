@@ -21,7 +21,6 @@ from config import Config, are_network_sides
 # Notebooks write utils.load_image.
 from image_files import as_uint8_image as as_uint8_image
 from image_files import load_image as load_image
-from image_files import read_size as upright_size  # noqa: F401 - of coco_dataset and annotations
 
 logger = logging.getLogger(__name__)
 
@@ -555,7 +554,7 @@ def rle_encode(
     if len(edges) == 0 or edges[-1] != height * width:
         edges = np.append(edges, height * width)
     counts = np.diff(edges, prepend=0)
-    return {"size": [height, width], "counts": _compress_counts(counts)}
+    return {"size": [height, width], "counts": compress_run_lengths(counts)}
 
 
 def rle_decode(rle: dict[str, Any]) -> np.ndarray:
@@ -571,7 +570,7 @@ def rle_decode(rle: dict[str, Any]) -> np.ndarray:
         ValueError: the counts are malformed or do not add up to H * W.
     """
     height, width = rle["size"]
-    counts = _checked_counts(rle)
+    counts = run_lengths(rle)
     values = np.arange(len(counts)) % 2 == 1
     return values.repeat(counts).reshape(width, height).T
 
@@ -583,7 +582,7 @@ def rle_decode_part(rle: dict[str, Any]) -> tuple[tuple[int, int, int, int], np.
     where nothing is set.
     """
     height, _ = rle["size"]
-    edges = np.cumsum(_checked_counts(rle))
+    edges = np.cumsum(run_lengths(rle))
     starts, ends = edges[:-1:2], edges[1::2]
     starts, ends = starts[starts < ends], ends[starts < ends]
     if len(starts) == 0:
@@ -598,14 +597,15 @@ def rle_decode_part(rle: dict[str, Any]) -> tuple[tuple[int, int, int, int], np.
     return (y1, x1, y2, x2), np.ascontiguousarray(columns[:, y1:y2].T)
 
 
-def _checked_counts(rle: dict[str, Any]) -> np.ndarray:
+def run_lengths(rle: dict[str, Any]) -> np.ndarray:
     """The lengths [R] int64 of the runs; ValueError if they are malformed or do not add up."""
     height, width = rle["size"]
     counts = rle["counts"]
     if isinstance(counts, str):
         counts = counts.encode()
     counts = _expand_counts(counts) if isinstance(counts, bytes) else np.array(counts, np.int64)
-    if (counts < 0).any() or counts.sum() != height * width:
+    # The sum of floats does not overflow.
+    if (counts < 0).any() or not counts.sum() == counts.sum(dtype=float) == height * width:
         raise ValueError(
             f"run lengths must be positive and add up to {height} * {width} = {height * width}, "
             f"got a sum of {counts.sum()}; the mask is damaged or its size is another image's"
@@ -613,7 +613,7 @@ def _checked_counts(rle: dict[str, Any]) -> np.ndarray:
     return counts
 
 
-def _compress_counts(counts: np.ndarray) -> str:
+def compress_run_lengths(counts: np.ndarray) -> str:
     """Five bits a character, lowest first, of the difference to the run before the last one."""
     values = counts.copy()
     values[3:] -= counts[1:-2]
@@ -661,6 +661,10 @@ class Dataset:
 
     Sources keep several data sets apart in one: a source class or image is named "source.id".
     Internal class and image ids count from 0; class 0 is the background.
+
+    Two methods are for data sets of hundreds of objects in large images, and for annotations that
+    tell more than masks: load_boxed_masks(image_id), see boxed_masks.read_masks, and
+    ground_truth(image_id), see evaluation.ground_truth.
     """
 
     # How load_image scales files of more than 8 bits: as the option IMAGE_BIT_DEPTH.
@@ -749,6 +753,14 @@ class Dataset:
             part.image_info = [self.image_info[i] for i in np.sort(chosen)]
             part.prepare()
         return parts
+
+    def at_bit_depth(self, bit_depth: int | str | None) -> "Dataset":
+        """This data set, as one whose files are scaled so; its own bit_depth wins."""
+        if bit_depth is None or self.bit_depth is not None:
+            return self
+        dataset = copy.copy(self)
+        dataset.bit_depth = bit_depth
+        return dataset
 
     def map_source_class_id(self, source_class_id: str) -> int:
         """The internal id of a source class, "coco.12"; ValueError if there is none."""

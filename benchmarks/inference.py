@@ -10,6 +10,7 @@ same run is the scale. Peak memory is that of a process of its own for each.
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import resource
@@ -32,6 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import keras_weights  # noqa: E402 - of the tests
 import reference_inputs  # noqa: E402
 
+import fused  # noqa: E402
 import model as modellib  # noqa: E402
 import utils  # noqa: E402
 from coco import CocoConfig  # noqa: E402
@@ -177,11 +179,12 @@ def compare_stages(backbone: str, threads: int, rounds: int) -> None:
     torch.set_num_threads(threads)
     image = reference_inputs.synthetic_image(1024, 1024)
     models = {"ours": build_ours(backbone), "plain": build_ours(backbone, fast=False)}
-    models["ours"].optimize_for_inference()
     laps: dict[str, list[dict[str, float]]] = {name: [] for name in models}
     for _ in range(rounds + 1):
         for name, model in models.items():
-            laps[name].append(stage_seconds(model, image))
+            fast = fused.inference(overwrite=True) if name == "ours" else contextlib.nullcontext()
+            with fast:
+                laps[name].append(stage_seconds(model, image))
     print(f"\n{backbone}, {threads} threads\n\n| stage | ours | plain |\n| --- | --- | --- |")
     for stage in laps["ours"][0]:
         medians = [statistics.median(lap[stage] for lap in laps[name][1:]) for name in models]

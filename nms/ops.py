@@ -72,20 +72,39 @@ def is_compiled() -> tuple[str, ...]:
     return compiled_devices("nms::nms")
 
 
+def _check_kinds(boxes: Tensor, scores: Tensor, iou_threshold: float) -> None:
+    """What every kernel refuses, the fake one too, which mixed devices may lead to."""
+    for name, tensor in (("boxes", boxes), ("scores", scores)):
+        if tensor.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"nms: {name} must be float32 or float64, got {tensor.dtype}; use .float()"
+            )
+    if boxes.device != scores.device:
+        raise ValueError(
+            f"nms: boxes and scores must be on one device, got {boxes.device} and {scores.device}"
+        )
+    if not 0 <= iou_threshold <= 1:
+        raise ValueError(f"nms: iou_threshold must be within 0..1, got {iou_threshold}")
+
+
 def _check(boxes: Tensor, scores: Tensor, iou_threshold: float) -> None:
     for name, tensor in (("boxes", boxes), ("scores", scores)):
         # Under autocast any floating point type comes in, and the kernel gets float32.
         if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be float32 or float64, got {tensor.dtype}; use .float()")
+            raise TypeError(
+                f"nms: {name} must be float32 or float64, got {tensor.dtype}; use .float()"
+            )
     if boxes.dim() != 2 or boxes.shape[1] != 4:
-        raise ValueError(f"boxes must be [N, (y1, x1, y2, x2)], got shape {tuple(boxes.shape)}")
+        raise ValueError(
+            f"nms: boxes must be [N, (y1, x1, y2, x2)], got shape {tuple(boxes.shape)}"
+        )
     if scores.shape != boxes.shape[:1] or scores.device != boxes.device:
         raise ValueError(
-            f"scores must be [N] = [{len(boxes)}] on {boxes.device} like boxes, got "
+            f"nms: scores must be [N] = [{len(boxes)}] on {boxes.device} like boxes, got "
             f"{list(scores.shape)} on {scores.device}"
         )
     if not 0 <= iou_threshold <= 1:
-        raise ValueError(f"iou_threshold must be within 0..1, got {iou_threshold}")
+        raise ValueError(f"nms: iou_threshold must be within 0..1, got {iou_threshold}")
 
 
 def _overlaps(a: Tensor, b: Tensor, iou_threshold: float) -> Tensor:
@@ -100,8 +119,8 @@ def _overlaps(a: Tensor, b: Tensor, iou_threshold: float) -> Tensor:
 
 def _nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     """The plain torch kernel: keeps the best boxes of a block and drops what they suppress."""
-    if boxes.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"nms: boxes must be float32 or float64, got {boxes.dtype}; use .float()")
+    _check_kinds(boxes, scores, iou_threshold)
+    _check(boxes, scores, iou_threshold)
     unscored = scores.isnan()
     order = scores.masked_fill(unscored, -torch.inf).argsort(stable=True, descending=True)
     y1, x1, y2, x2 = boxes.masked_fill(unscored.unsqueeze(1), torch.nan)[order].unbind(1)
@@ -124,6 +143,7 @@ def _nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
 
 def _fake(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
+    _check_kinds(boxes, scores, iou_threshold)
     count = torch.library.get_ctx().new_dynamic_size()
     return boxes.new_empty(count, dtype=torch.int64)
 

@@ -1,5 +1,6 @@
 """The operator roialign::crop_and_resize: schema, plain torch kernels, gradient and Python call."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,6 +8,9 @@ import torch
 from torch import Tensor
 
 from operators import compiled_devices, load_kernels
+
+# Beyond 2^24, a float32 cannot tell the last pixel from the one after.
+MAX_SIDE = 1 << 24
 
 
 def crop_and_resize(
@@ -71,6 +75,59 @@ def is_compiled() -> tuple[str, ...]:
     return compiled_devices("roialign::crop_and_resize")
 
 
+def _check_kinds(values: Tensor, boxes: Tensor, box_index: Tensor) -> None:
+    """What every kernel refuses, the fake ones too, which mixed devices may lead to.
+
+    Args:
+        values: the image, or the gradient of the crops.
+    """
+    if values.dtype not in (torch.float32, torch.float64) or boxes.dtype != values.dtype:
+        raise TypeError(
+            "crop_and_resize: image and boxes must both be float32 or float64, got "
+            f"{values.dtype} and {boxes.dtype}"
+        )
+    if box_index.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"crop_and_resize: box_index must be int32 or int64, got {box_index.dtype}")
+    if not values.device == boxes.device == box_index.device:
+        raise ValueError(
+            "crop_and_resize: image, boxes and box_index must be on one device, got "
+            f"{values.device}, {boxes.device} and {box_index.device}"
+        )
+    if values.dim() != 4:
+        raise ValueError(
+            "crop_and_resize: image must be [B, C, H, W], or grad [R, C, h, w], got shape "
+            f"{tuple(values.shape)}"
+        )
+    if boxes.dim() != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"crop_and_resize: boxes must be [R, 4], got shape {tuple(boxes.shape)}")
+
+
+def _check_sizes(
+    boxes: Tensor, box_index: Tensor, crop_size: Sequence[int], image_size: Sequence[int]
+) -> None:
+    """What else the kernels refuse, for crops (h, w) of images (B, H, W)."""
+    if box_index.shape != boxes.shape[:1]:
+        raise ValueError(
+            f"crop_and_resize: box_index must be [R] = [{len(boxes)}], got {list(box_index.shape)}"
+        )
+    if min(crop_size) < 1:
+        height, width = crop_size
+        raise ValueError(
+            f"crop_and_resize: crops must be of at least one pixel, got {height} x {width}"
+        )
+    images, height, width = image_size
+    if images < 0 or not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
+        raise ValueError(
+            f"crop_and_resize: image must have sides of 1 to {MAX_SIDE} pixels, got {images} of "
+            f"{height} x {width}"
+        )
+    known = (box_index >= 0) & (box_index < images)
+    if known.device.type == "cpu" and not known.all():
+        raise IndexError(
+            f"crop_and_resize: box_index must be within 0..{images - 1}, got {box_index[~known][0]}"
+        )
+
+
 def _empty(values: Tensor, count: int, height: int, width: int) -> Tensor:
     """[count, C, height, width] with the channels, dtype, device and memory format of values."""
     last = values.is_contiguous(memory_format=torch.channels_last) and not values.is_contiguous()
@@ -112,17 +169,10 @@ def _points(
         each point, [R, h, w]; the shares of the bottom and of the right, and whether the point is
         inside, all broadcasting to [R, h, w, C].
     """
-    if values.dtype not in (torch.float32, torch.float64) or boxes.dtype != values.dtype:
-        raise TypeError(
-            "crop_and_resize: image and boxes must both be float32 or float64, got "
-            f"{values.dtype} and {boxes.dtype}"
-        )
+    _check_kinds(values, boxes, box_index)
+    _check_sizes(boxes, box_index, crop_size, image_size)
     images, height, width = image_size
     known = (box_index >= 0) & (box_index < images)
-    if known.device.type == "cpu" and not known.all():
-        raise IndexError(
-            f"crop_and_resize: box_index must be within 0..{images - 1}, got {box_index[~known][0]}"
-        )
     y1, x1, y2, x2 = boxes.unbind(1)
     top, bottom, down, inside_y = _taps(y1, y2, crop_size[0], height)
     left, right, across, inside_x = _taps(x1, x2, crop_size[1], width)
@@ -144,6 +194,13 @@ def _forward(
     crop_width: int,
     extrapolation_value: float,
 ) -> Tensor:
+    _check_kinds(image, boxes, box_index)
+    finite, most = math.isfinite(extrapolation_value), torch.finfo(image.dtype).max
+    if finite and abs(extrapolation_value) > most:
+        raise ValueError(
+            f"crop_and_resize: extrapolation_value must fit {image.dtype}, got "
+            f"{extrapolation_value}"
+        )
     images, _, height, width = image.shape
     rows, down, across, inside = _points(
         image, boxes, box_index, (crop_height, crop_width), (images, height, width)
@@ -159,6 +216,12 @@ def _forward(
 def _backward(
     grad: Tensor, boxes: Tensor, box_index: Tensor, images: int, height: int, width: int
 ) -> Tensor:
+    _check_kinds(grad, boxes, box_index)
+    if len(grad) != len(boxes):
+        raise ValueError(
+            "crop_and_resize: grad must be [R, C, h, w] with the R of boxes, got shapes "
+            f"{tuple(grad.shape)} and {tuple(boxes.shape)}"
+        )
     channels, *crop_size = grad.shape[1:]
     rows, down, across, inside = _points(grad, boxes, box_index, crop_size, (images, height, width))
     points = grad.permute(0, 2, 3, 1).where(inside, 0)
@@ -179,12 +242,14 @@ def _forward_fake(
     crop_width: int,
     extrapolation_value: float,
 ) -> Tensor:
+    _check_kinds(image, boxes, box_index)
     return _empty(image, len(boxes), crop_height, crop_width)
 
 
 def _backward_fake(
     grad: Tensor, boxes: Tensor, box_index: Tensor, images: int, height: int, width: int
 ) -> Tensor:
+    _check_kinds(grad, boxes, box_index)
     return _empty(grad, images, height, width)
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from conftest import SHARED, needs_shared
 from PIL import Image
-from torch.utils.data.distributed import DistributedSampler
 
 import dataset as data
 import utils
@@ -556,15 +555,16 @@ def test_validation_is_the_same_in_each_run():
     assert runs[0][0][1][1]["boxes"].tolist() == [[1, 2, 10, 22]]
 
 
-def test_processes_share_the_images():
+def test_processes_share_the_images(monkeypatch):
     config = make_config(IMAGES_PER_GPU=1)
     items = data.TorchDataset(Rectangles(*SCENES[:6]), config)
+    monkeypatch.setattr("distributed.world_size", lambda: 2)
     seen = []
     for rank in range(2):
-        sampler = DistributedSampler(items, 2, rank, shuffle=True, seed=config.SEED)
-        loader = data.make_loader(items, config, shuffle=True, sampler=sampler)
+        monkeypatch.setattr("distributed.rank", lambda rank=rank: rank)
+        loader = data.make_loader(items, config, shuffle=True)
         data.set_epoch(loader, 5)
-        assert sampler.epoch == 5
+        assert loader.sampler.epoch == 5
         seen.append([image_ids(batch)[0] for batch in loader])
     assert len(seen[0]) == len(seen[1]) == 3
     assert sorted(seen[0] + seen[1]) == list(range(6))
@@ -661,3 +661,19 @@ def test_nuclei():
             gray = padded.float().mean(dim=0)[y : y + height, x : x + width]
             cells = target["masks"].any(dim=0)[y : y + height, x : x + width]
             assert gray[cells].mean() > 2 * gray[~cells].mean()
+
+
+def test_files_are_scaled_from_the_bit_depth_of_the_config(tmp_path):
+    Image.fromarray(np.full((64, 64), 4095, np.uint16)).save(tmp_path / "deep.png")
+    files = utils.Dataset()
+    files.add_class("cells", 1, "cell")
+    files.add_image("cells", "a", tmp_path / "deep.png")
+    files.prepare()
+    options = {"NUM_CLASSES": 2, "IMAGE_MIN_DIM": 64, "IMAGE_MAX_DIM": 64}
+    for depth, value in ((None, 16), (12, 255), (13, 127)):
+        image, _ = data.TorchDataset(files, Config(IMAGE_BIT_DEPTH=depth, **options))[0]
+        assert image.unique().tolist() == [value]
+    assert files.bit_depth is None
+    files.bit_depth = 12
+    image, _ = data.TorchDataset(files, Config(IMAGE_BIT_DEPTH=13, **options))[0]
+    assert image.unique().tolist() == [255]

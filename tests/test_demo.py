@@ -290,3 +290,10 @@ def test_coco_results_have_the_category_ids_of_the_annotations():
     assert (found["image_id"], found["category_id"]) == (139, 90)
     assert found["bbox"] == [2, 1, 20, 10]
     json.dumps(found)
+
+
+def test_folders_give_images_but_no_output_of_an_earlier_run(tmp_path):
+    for name in ("a.png", "._a.png", "b.jfif"):
+        Image.fromarray(synthetic_image(40, 60)).save(tmp_path / name, format="PNG")
+    demo.write(tmp_path / "a_detections.png", synthetic_image(40, 60))
+    assert [path.name for path in demo.find_images([str(tmp_path)])] == ["a.png", "b.jfif"]

@@ -4,7 +4,9 @@ This file is also the script of the runs that are killed:
     python tests/test_fit.py MODEL_DIR new|resume [EPOCHS]
 """
 
+import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import math
@@ -23,6 +25,7 @@ from conftest import ROOT, TinyNetwork
 from torch import nn
 
 import checkpoints
+import cli
 import distributed
 import history
 import model as modellib
@@ -208,26 +211,80 @@ def test_nothing_can_be_read(tmp_path):
         model.resume()
 
 
+@contextlib.contextmanager
+def full_disk(free=300_000):
+    """Inside, no file can become larger than this."""
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (free, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
 def test_a_full_disk_costs_no_checkpoint(tmp_path, caplog):
     model = make_model(tmp_path)
     train(model, epochs=1)
     (saved,) = checkpoints.find_checkpoints(tmp_path, "tiny")
     content = saved.read_bytes()
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
-    try:
-        with pytest.raises(OSError, match="mask_rcnn_tiny_0002.pth could not be written"):
-            train(model, epochs=2)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
-    assert "what was saved before is still there" in caplog.text
+    message = f"mask_rcnn_tiny_0002.pth could not be written: File too large; .* go on from {saved}"
+    with full_disk(), pytest.raises(OSError, match=message):
+        train(model, epochs=2)
+    assert "mask_rcnn_tiny_0002.pth could not be written" in caplog.text
     assert checkpoints.find_checkpoints(tmp_path, "tiny") == [saved]
     assert saved.read_bytes() == content
     assert not list(saved.parent.glob(".*"))
     train(model, epochs=3)
     assert checkpoints.find_checkpoints(tmp_path, "tiny")[0].name == "mask_rcnn_tiny_0003.pth"
+
+
+def test_a_run_that_cannot_be_saved_ends_early(tmp_path, no_pictures):
+    model = make_model(tmp_path, STEPS_PER_EPOCH=1)
+    message = "the checkpoint .*_0001.pth could not be written: .*; make room and start anew"
+    with full_disk(), pytest.raises(OSError, match=message):
+        train(model, epochs=9)
+    assert model.epoch == 1, "none was saved, so the first epoch is the last"
+    train(model, epochs=2)
+    with full_disk(), pytest.raises(OSError, match=r"_0004.pth could .* go on from .*_0002.pth"):
+        train(model, epochs=9)
+    assert model.epoch == 4, "one may fail, but not two in a row"
+    train(model, epochs=5)
+    assert [record["epoch"] for record in history.read_history(model.log_dir)] == [1, 2, 3, 4, 5]
+
+
+def test_a_full_disk_is_told_in_words(tmp_path, monkeypatch):
+    def fail(*arguments):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        finally:  # as torch.save does
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos")
+
+    with pytest.raises(RuntimeError) as caught:
+        fail()
+    assert history.in_words(caught.value) == "the disk is full"
+    assert history.in_words(RuntimeError("one\ntwo")) == "one"
+    monkeypatch.setattr(utils, "write_atomic", fail)
+    with pytest.raises(RuntimeError):
+        history.History(tmp_path, make_config(), 0, 0)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(utils, "write_atomic", lambda *arguments: (_ for _ in ()).throw(full))
+    with pytest.raises(OSError, match=f"logs of a run .* to {tmp_path}: the disk is full; make"):
+        history.History(tmp_path, make_config(), 0, 0)
+
+
+def test_events_that_cannot_be_written_do_not_end_a_run(tmp_path, caplog):
+    class Full:
+        def add_scalar(self, *arguments):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with history.History(tmp_path, make_config(), 0, 0) as log:
+        log.writer.close()
+        log.writer = Full()
+        log.add_scalars({"loss": 1.0}, 1)
+        log.add_scalars({"loss": 1.0}, 2)
+    assert caplog.text.count("no more TensorBoard events: the disk is full") == 1
 
 
 def test_logs_that_cannot_be_written_are_made_up_for(tmp_path, monkeypatch, caplog):
@@ -325,10 +382,10 @@ def test_a_stage_that_ended_early_is_over_for_a_resumed_run(tmp_path):
     assert resumed.epoch == 3
 
 
-def stopped_at(epoch, *stage, record=None):
+def stopped_at(epoch, *stage, record=None, ended=()):
     """A run whose checkpoint is of this epoch and stage: layers, learning rate, epochs, start."""
     state = {"stage": dataclasses.asdict(checkpoints.Stage(*stage))}
-    return checkpoints.Run(epoch=epoch, record=record or {}, state=state)
+    return checkpoints.Run(epoch=epoch, record=record or {}, state=state, ended=list(ended))
 
 
 def test_which_stages_a_run_is_past_and_which_it_continues():
@@ -344,12 +401,29 @@ def test_which_stages_a_run_is_past_and_which_it_continues():
     assert stopped_at(5, "heads", 0.1, 5, 0).is_past(heads)
     assert not stopped_at(5, "heads", 0.1, 5, 0, record={"epoch": 5}).is_past(heads)
     # Of "all" that began after epoch 2: "heads" ended early, and is past for good.
-    later = stopped_at(4, "all", 0.1, 8, 2)
+    later = stopped_at(4, "all", 0.1, 8, 2, ended=[("heads", 5)])
     assert later.is_past(heads)
     assert later.continues(everything)
     assert not later.is_past(everything)
     # Of "all" from the beginning, which nothing preceded: "heads" may follow.
     assert not stopped_at(3, "all", 0.1, 8, 0).is_past(heads)
+
+
+@pytest.mark.parametrize("second", [("all", 6), ("heads", 6)])
+def test_stages_that_are_over_stay_over(tmp_path, no_pictures, second):
+    stop = {"callbacks": [lambda record: True]}
+    model = make_model(tmp_path, STEPS_PER_EPOCH=1)
+    train(model, 4, layers="all", **stop)
+    layers, epochs = second
+    train(model, epochs, layers=layers, **stop)
+    resumed = make_model(tmp_path, STEPS_PER_EPOCH=1)
+    resumed.resume()
+    train(resumed, 4, layers="all", **stop)  # ended early, and the other one came after it
+    assert resumed.epoch == 2
+    train(resumed, epochs, layers=layers, **stop)
+    assert resumed.epoch == 3
+    train(resumed, 5, layers="all", **stop)  # this one is new
+    assert resumed.epoch == 4
 
 
 def test_a_stage_that_early_stopping_ended_stays_ended_when_resumed(tmp_path, no_pictures):
@@ -364,6 +438,66 @@ def test_a_stage_that_early_stopping_ended_stays_ended_when_resumed(tmp_path, no
     resumed.resume()
     train(resumed, 4)
     assert resumed.epoch == 4
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(tmp_path):
+    process = start(tmp_path, "new")
+    wait_for_step(process, tmp_path, STEPS + 1)
+    model = make_model(tmp_path)
+    path = model.resume()
+    with pytest.raises(BlockingIOError, match=f"another process is training the run in {tmp_path}"):
+        train(model)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    # It has ended, and gone beyond the checkpoint that was loaded while it ran.
+    with pytest.raises(BlockingIOError, match="has trained the run in .* since its checkpoint was"):
+        train(model)
+    assert not list(tmp_path.glob("*/*.old"))
+    assert model.resume() != path
+    train(model, EPOCHS + 1)
+    assert model.find_last().name == f"mask_rcnn_tiny_{EPOCHS + 1:04}.pth"
+
+
+def test_a_killed_process_leaves_no_lock_and_its_temporary_files_are_removed(tmp_path):
+    """Not even while workers live on that it has forked; other processes' files stay."""
+    code = """
+import os, signal, sys, time
+from pathlib import Path
+import checkpoints
+
+folder = Path(sys.argv[1])
+with checkpoints.kept_alone(folder):
+    worker = os.fork()
+    if worker == 0:
+        os.close(1)  # on which the test waits
+        time.sleep(100)
+        os._exit(0)
+    for pid in os.getpid(), worker:
+        (folder / f".mask_rcnn_tiny_0001.pth.{pid}.tmp").touch()
+    print(worker, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    result = subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    worker = int(result.stdout)
+    try:
+        assert result.returncode == -signal.SIGKILL
+        assert len(list(tmp_path.glob(".*.tmp"))) == 2
+        with checkpoints.kept_alone(tmp_path):
+            names = [path.name for path in tmp_path.glob(".*.tmp")]
+            assert names == [f".mask_rcnn_tiny_0001.pth.{worker}.tmp"]
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
+def test_where_nothing_can_be_locked_a_warning_says_so(tmp_path, monkeypatch, caplog):
+    def fail(file):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(checkpoints, "_lock", fail)
+    with checkpoints.kept_alone(tmp_path):
+        pass
+    assert f"{tmp_path} cannot be locked ([Errno" in caplog.text
 
 
 def test_runs_that_begin_in_one_second_have_folders_of_their_own(tmp_path):
@@ -576,6 +710,23 @@ def test_a_loss_that_is_not_finite_names_itself_and_the_image_and_changes_nothin
     assert model.weight.item() == before < 1
 
 
+class Deadly(Squares):
+    """Ends the process that loads its images, as the system does when memory runs out."""
+
+    def load_image(self, image_id):
+        assert torch.utils.data.get_worker_info(), "not the process of the test"
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_told_with_the_remedy(tmp_path):
+    model = make_model(tmp_path, NUM_WORKERS=1)
+    message = r"a process that loads data was killed, .*\(DataLoader worker.*fewer.*NUM_WORKERS"
+    with pytest.raises(training.DataWorkerError, match=message) as caught:
+        model.train_model(Deadly(5), None, 0.02, 1, "all")
+    assert isinstance(caught.value, cli.EXPECTED)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("start", [0, 1, 4, 7])
 def test_the_stream_of_batches_goes_on_anywhere(start):
     config = make_config()
@@ -775,8 +926,11 @@ def test_steps_of_tensorboard_go_on_in_the_next_stage(tmp_path, monkeypatch):
     assert steps == [1, 2, 2, 3, 4, 4]
 
 
+def last_of(model_dir, name="tiny"):
+    return checkpoints.find_checkpoints(model_dir, name)[0]
+
+
 def test_the_last_run_is_the_newest_that_has_a_checkpoint(tmp_path):
-    model = make_model(tmp_path, NAME="my-Run")
     for folder, names in {
         "my-run20250101T1010": ["mask_rcnn_my-run_0160.pth"],
         "my-run20260101T101010": ["mask_rcnn_my-run_0009.pth", "mask_rcnn_my-run_0010.pth"],
@@ -786,9 +940,27 @@ def test_the_last_run_is_the_newest_that_has_a_checkpoint(tmp_path):
         (tmp_path / folder).mkdir()
         for name in names:
             (tmp_path / folder / name).touch()
-    assert model.find_last() == tmp_path / "my-run20260101T101010" / "mask_rcnn_my-run_0010.pth"
-    (model.find_last().parent / "mask_rcnn_my-run_0010-000050.pth").touch()
-    assert model.find_last().name == "mask_rcnn_my-run_0010-000050.pth"
+    folder = tmp_path / "my-run20260101T101010"
+    assert last_of(tmp_path, "my-Run") == folder / "mask_rcnn_my-run_0010.pth"
+    amid = folder / "mask_rcnn_my-run_0010-000050.pth"
+    amid.touch()
+    assert last_of(tmp_path, "my-Run") == amid
+    for path in tmp_path.glob("*/*.pth"):  # as in a copy: the name decides
+        os.utime(path, (0, 0))
+    assert last_of(tmp_path, "my-Run") == amid
+
+
+def test_the_last_run_is_the_one_that_was_written_last_whatever_the_clock_says(tmp_path):
+    later = tmp_path / "tiny20990101T000000"
+    later.mkdir()
+    (later / "mask_rcnn_tiny_0007.pth").touch()
+    assert last_of(tmp_path).parent == later
+    os.utime(last_of(tmp_path), (4e9, 4e9))  # in the year 2096
+    model = make_model(tmp_path, STEPS_PER_EPOCH=1)
+    train(model, 2)
+    assert last_of(tmp_path) == model.find_last() == model.log_dir / "mask_rcnn_tiny_0002.pth"
+    os.utime(later / "mask_rcnn_tiny_0007.pth", (5e9, 5e9))
+    assert last_of(tmp_path).parent == later
 
 
 def test_weights_of_the_original_resume_without_an_optimizer(tmp_path, caplog):

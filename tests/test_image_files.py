@@ -747,6 +747,12 @@ def test_grey_tiff_of_many_kinds(tmp_path, byte_order, compression):
         image_files.load_image(tmp_path / "signed.tif")
 
 
+def test_other_colours_than_rgb_are_refused(tmp_path):
+    (tmp_path / "lab.tif").write_bytes(encode_tiff(deep(), photometric="cielab"))
+    with pytest.raises(ValueError, match=r"lab\.tif .* grey or RGB pixels, got CIELAB YXS uint16"):
+        image_files.load_image(tmp_path / "lab.tif")
+
+
 @pytest.mark.parametrize("layout", ["contig", "separate"])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 @pytest.mark.parametrize(("count", "photometric"), [(2, "minisblack"), (5, "rgb"), (6, "rgb")])
@@ -906,12 +912,13 @@ def test_previews_are_no_pages(tmp_path, caplog):
     read(tmp_path, encode(RGB, "MPO", save_all=True, append_images=[small]))
     for options in ({"photometric": "rgb"}, {"photometric": "rgb", "planarconfig": "separate"}):
         separate = "planarconfig" in options
-        with tifffile.TiffWriter(tmp_path / "pyramid.tif") as writer:
+        path = tmp_path / f"{len(options)}.tif"
+        with tifffile.TiffWriter(path) as writer:
             for step, kind in ((1, 0), (2, 1), (4, 1)):
                 pixels = deep()[::step, ::step]
                 pixels = pixels.transpose(2, 0, 1) if separate else pixels
                 writer.write(pixels, subfiletype=kind, metadata=None, **options)
-        image = image_files.load_image(tmp_path / "pyramid.tif")
+        image = image_files.load_image(path)
         np.testing.assert_array_equal(image, RGB)
     read(tmp_path, encode(RGB, "GIF"))
     assert caplog.records == []

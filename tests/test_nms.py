@@ -226,12 +226,33 @@ def test_group_errors():
         batched_nms(BOXES, SCORES, torch.zeros(2, dtype=torch.long), 0.5)
 
 
-@pytest.mark.skipif("cpu" not in is_compiled(), reason="nms is not compiled")
-def test_the_operator_itself_refuses_what_would_be_read_out_of_bounds():
-    with pytest.raises(ValueError, match="nms: boxes must be"):
-        torch.ops.nms.nms(BOXES[:, :3], SCORES, 0.5)
-    with pytest.raises(ValueError, match="nms: scores must be"):
-        torch.ops.nms.nms(BOXES, SCORES[:2], 0.5)
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((BOXES[:, :3], SCORES, 0.5), ValueError, r"boxes must be \[N, .*3, 3"),
+        ((BOXES[0], SCORES, 0.5), ValueError, r"boxes must be \[N, .*4"),
+        ((BOXES, SCORES[:2], 0.5), ValueError, r"scores must be \[N\] .*2"),
+        (
+            (BOXES.half(), SCORES, 0.5),
+            TypeError,
+            "boxes must be float32 or float64, got .*(Half|16)",
+        ),
+        (
+            (BOXES, SCORES.long(), 0.5),
+            TypeError,
+            "scores must be float32 or float64, got .*(Long|64)",
+        ),
+        ((BOXES, SCORES, NAN), ValueError, "iou_threshold must be within 0..1, got nan"),
+        ((BOXES, SCORES, -1.0), ValueError, "iou_threshold must be within 0..1, got -1"),
+        ((BOXES, SCORES, INF), ValueError, "iou_threshold must be within 0..1, got inf"),
+        ((BOXES, SCORES.to("meta"), 0.5), ValueError, "be on one device, got cpu and meta"),
+        ((BOXES.to("meta"), SCORES, 0.5), ValueError, "be on one device, got meta and cpu"),
+    ],
+)
+@pytest.mark.parametrize("kernel", [plain_nms, torch.ops.nms.nms], ids=["plain", "operator"])
+def test_the_operator_itself_refuses_what_nms_refuses(kernel, arguments, error, message):
+    with pytest.raises(error, match=f"^nms: .*{message}"):
+        kernel(*arguments)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # opcheck's own

@@ -311,18 +311,69 @@ def test_kernels_check_the_index(kernel):
     for index in (-1, 2, 2**40):
         with pytest.raises(IndexError, match="box_index.* must be within 0..1, got"):
             kernel(IMAGE, BOXES, INDEX + index, 7, 7)
+    with pytest.raises(IndexError, match="box_index.* must be within 0..1, got 2"):
+        kernel(IMAGE[:, :0], BOXES, INDEX + 2, 7, 7)
 
 
-@needs_compiled
-def test_the_operators_themselves_refuse_what_would_be_read_out_of_bounds():
-    for bad in ((IMAGE[0], BOXES, INDEX), (IMAGE, BOXES[:, :3], INDEX), (IMAGE, BOXES, INDEX[:2])):
-        with pytest.raises(ValueError, match="crop_and_resize: "):
-            operator(*bad, 7, 7)
-    backward = torch.ops.roialign.crop_and_resize_backward
-    with pytest.raises(ValueError, match="crop_and_resize: grad must be"):
-        backward(torch.zeros(4, 3, 7, 7), BOXES, INDEX, 2, 8, 8)
-    with pytest.raises(IndexError, match="box_index"):
-        backward(torch.zeros(3, 3, 7, 7), BOXES, INDEX + 2, 2, 8, 8)
+BAD_CALLS = [
+    ({"values": IMAGE[0]}, ValueError, "must be "),
+    (
+        {"values": torch.zeros(3, 3, 8, 8).half()},
+        TypeError,
+        "must (both )?be float32 or float64, got",
+    ),
+    ({"boxes": BOXES[:, :3]}, ValueError, r"boxes must be \[R, 4\], got.*3"),
+    ({"boxes": BOXES[0]}, ValueError, r"boxes must be \[R, 4\], got.*4"),
+    ({"boxes": BOXES.double()}, TypeError, "boxes must .*, got .*(Double|64)"),
+    ({"box_index": INDEX[:2]}, ValueError, r"box_index must be \[R\] = \[3\], got \[2\]"),
+    ({"box_index": INDEX.float()}, TypeError, "box_index must be int32 or int64, got .*(Float|32)"),
+    ({"box_index": INDEX.short()}, TypeError, "box_index must be int32 or int64, got .*(Short|16)"),
+    ({"box_index": INDEX.to("meta")}, ValueError, "on one device, got cpu, cpu and meta"),
+    ({"boxes": BOXES.to("meta")}, ValueError, "on one device, got cpu, meta and cpu"),
+]
+
+
+def bad_call(kernel, arguments, changes, error, message):
+    with pytest.raises(error, match=f"^crop_and_resize: .*{message}"):
+        kernel(*(arguments | changes).values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        *BAD_CALLS,
+        ({"values": IMAGE[..., :0]}, ValueError, "must have sides of 1 to 16777216 pixels, got"),
+        ({"height": 0}, ValueError, "at least one pixel, got 0 x 7"),
+        ({"height": -1}, ValueError, "at least one pixel, got -1 x 7"),
+        ({"value": 1e300}, ValueError, "extrapolation_value must fit .*, got 1e"),
+    ],
+)
+@pytest.mark.parametrize("kernel", [plain, operator])
+def test_the_operator_itself_refuses_what_crop_and_resize_refuses(kernel, changes, error, message):
+    arguments = {"values": IMAGE, "boxes": BOXES, "box_index": INDEX}
+    arguments |= {"height": 7, "width": 7, "value": 0.0}
+    bad_call(kernel, arguments, changes, error, message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        *BAD_CALLS,
+        ({"values": torch.zeros(4, 3, 7, 7)}, ValueError, "grad must be .* with the R of boxes"),
+        ({"box_index": INDEX + 2}, IndexError, "box_index.* must be within 0..1, got 2"),
+        ({"values": torch.zeros(3, 3, 0, 7)}, ValueError, "at least one pixel, got 0 x 7"),
+        ({"images": -1}, ValueError, "got -1 of 8 x 8"),
+        ({"height": 0}, ValueError, "sides of 1 to 16777216 pixels, got 2 of 0 x 8"),
+        ({"width": 2**25}, ValueError, "sides of 1 to 16777216 pixels, got 2 of 8 x 33554432"),
+    ],
+)
+@pytest.mark.parametrize(
+    "kernel", [plain_backward, torch.ops.roialign.crop_and_resize_backward], ids=["plain", "op"]
+)
+def test_the_gradient_refuses_them_too(kernel, changes, error, message):
+    arguments = {"values": torch.zeros(3, 3, 7, 7), "boxes": BOXES, "box_index": INDEX}
+    arguments |= {"images": 2, "height": 8, "width": 8}
+    bad_call(kernel, arguments, changes, error, message)
 
 
 def test_an_unbuilt_checkout_works(tmp_path):

@@ -665,7 +665,8 @@ def test_help_has_examples(capsys):
 
 
 def test_import_stays_light():
-    code = "import weights, sys; print({'h5py', 'model', 'matplotlib', 'pycocotools'} & set(sys.modules))"
+    heavy = {"h5py", "model", "matplotlib", "pycocotools"}
+    code = f"import weights, sys; print({heavy} & set(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )

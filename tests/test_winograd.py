@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 import torch
@@ -147,17 +148,35 @@ def test_empty(kernel):
 
 
 @both_kernels
-@pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-def test_what_is_not_finite_stays_in_the_tiles_that_see_it(kernel, relu, value):
-    input, weight, bias = sample(1, 16, 16, 16, 16)
+def test_what_is_not_finite_stays_in_the_tiles_that_see_it(kernel, value):
+    input, weight, bias = sample(1, 16, 16, 20, 20)
     transformed = transform_weight(weight)
-    clean = kernel(input, transformed, bias, relu)
-    input[0, 2, 6, 9] = value  # in the inputs 3..8 of the second row, 7..12 of the third column
-    output = kernel(input, transformed, bias, relu)
-    assert output[:, :, 4:8, 8:12].isnan().all()
-    output[:, :, 4:8, 8:12] = clean[:, :, 4:8, 8:12]
-    assert torch.equal(output, clean)
+    clean = kernel(input, transformed, bias, False)
+    for y, x in product(range(6, 10), range(7, 11)):  # at each place of a tile
+        sick = input.clone()
+        sick[0, 2, y, x] = value
+        output = kernel(sick, transformed, bias, False)
+        assert not output[:, :, y - 1 : y + 2, x - 1 : x + 2].isfinite().any()
+        rows, columns = (slice((i - 1) // 4 * 4, (i + 1) // 4 * 4 + 4) for i in (y, x))
+        output[:, :, rows, columns] = clean[:, :, rows, columns]
+        assert torch.equal(output, clean)
+
+
+@needs_compiled
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("values", [[NAN], [INF], [-INF], [INF, -INF], [INF, NAN, 0]])
+def test_kernels_agree_on_what_is_not_finite(relu, values):
+    for seed in range(4):
+        input, weight, bias = sample(2, 16, 16, 21, 18, seed=seed)
+        random = torch.Generator().manual_seed(seed)
+        places = torch.rand(input.shape, generator=random) < 0.002
+        chosen = torch.randint(len(values), input.shape, generator=random)
+        input = torch.tensor(values)[chosen].where(places, input)
+        transformed = transform_weight(weight)
+        one, two = (k(input, transformed, bias, relu) for k in (operator, plain))
+        assert 0 < one.isfinite().sum() < one.numel()
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-4, equal_nan=True)
 
 
 @needs_compiled
@@ -303,19 +322,33 @@ def test_weights_that_do_not_fit_are_refused(shape):
         transform_weight(torch.zeros(shape, dtype=torch.float64))
 
 
-@both_kernels
-def test_the_kernels_themselves_refuse_what_would_be_read_out_of_bounds(kernel):
-    bad = [
-        (INPUT[0], WEIGHT, BIAS),
-        (INPUT[:, :8], WEIGHT, BIAS),
-        (INPUT, WEIGHT[:35], BIAS),
-        (INPUT, WEIGHT[..., :8], BIAS),
-        (INPUT, WEIGHT[0], BIAS),
-        (INPUT, WEIGHT, BIAS[:31]),
-    ]
-    for arguments in bad:
-        with pytest.raises(ValueError, match="must be"):
-            kernel(*arguments, False)
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"input": INPUT[0]}, ValueError, r"input must be \[B, C, H, W\], got .*16, 8, 8"),
+        ({"input": INPUT[:, :8]}, ValueError, "weight.* must be .*36, 2, 16, 16"),
+        (
+            {"input": INPUT[:, :8], "weight": WEIGHT[:, :, :8]},
+            ValueError,
+            "weight.* must be .*8, 16",
+        ),
+        ({"weight": WEIGHT[:35]}, ValueError, "weight.* must be .*35, 2, 16, 16"),
+        ({"weight": WEIGHT[..., :8]}, ValueError, "weight.* must be .*36, 2, 16, 8"),
+        ({"weight": WEIGHT[0]}, ValueError, "weight.* must be .*2, 16, 16"),
+        ({"bias": BIAS[:31]}, ValueError, r"bias must be \[K\] = \[32\], got \[31\]"),
+        ({"input": INPUT.double()}, TypeError, "input must be float32, got .*(Double|64)"),
+        ({"weight": WEIGHT.half()}, TypeError, "weight must be float32, got .*(Half|16)"),
+        ({"bias": BIAS.long()}, TypeError, "bias must be float32, got .*(Long|64)"),
+        ({"weight": WEIGHT.to("meta")}, ValueError, "weight must be on cpu like input, got meta"),
+        ({"bias": BIAS.to("meta")}, ValueError, "bias must be on cpu like input, got meta"),
+        ({"input": INPUT.to("meta")}, ValueError, "weight must be on meta like input, got cpu"),
+    ],
+)
+@pytest.mark.parametrize("kernel", [plain, operator])
+def test_the_operator_itself_refuses_what_conv3x3_refuses(kernel, changes, error, message):
+    arguments = {"input": INPUT, "weight": WEIGHT, "bias": BIAS, "relu": False}
+    with pytest.raises(error, match=f"^conv3x3: {message}"):
+        kernel(*(arguments | changes).values())
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The operators winograd::conv3x3 and winograd::transform_weight: schemas, plain torch, Python."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -12,13 +13,13 @@ from operators import compiled_devices, load_kernels
 # inputs x. Of the points 0, +-1/sqrt(2), +-sqrt(2) and infinity, since their rounding errors are a
 # quarter of those of the usual 0, +-1 and +-2.
 _ROOT = 2**0.5
-_A = [
+_A: list[list[float]] = [
     [1, 1, 1, 1, 1, 0],
     [0, _ROOT / 2, -_ROOT / 2, _ROOT, -_ROOT, 0],
     [0, 1 / 2, 1 / 2, 2, 2, 0],
     [0, _ROOT / 4, -_ROOT / 4, 2 * _ROOT, -2 * _ROOT, 1],
 ]
-_B = [
+_B: list[list[float]] = [
     [1, 0, -5 / 2, 0, 1, 0],
     [0, -_ROOT, -2, _ROOT / 2, 1, 0],
     [0, _ROOT, -2, -_ROOT / 2, 1, 0],
@@ -41,8 +42,10 @@ def conv3x3(
 ) -> Tensor:
     """F.conv2d(input, weight, bias, padding=1), followed by ReLU if asked for; without a gradient.
 
-    The largest error is about 2e-6 of the largest output. An input that is not finite turns each
-    tile of 4 x 4 outputs that it reaches into NaN; tiles are counted from the top left corner.
+    The largest error is about 2e-6 of the largest output. An input that is not finite makes every
+    output that sees it NaN or infinite, and may do so to others in the same tiles of 4 x 4 outputs,
+    which are counted from the top left corner; ReLU makes 0 of -inf. Outputs in other tiles are
+    what they would be without it. Both kernels have NaN, inf and -inf in the same places.
 
     Args:
         input: [B, C, H, W] float32; best channels_last, else it is copied.
@@ -111,16 +114,33 @@ def is_faster(input_shape: Sequence[int], weight_shape: Sequence[int]) -> bool:
     return bool(is_compiled()) and fits and tiles >= 8
 
 
+def _check_kinds(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """What every kernel refuses, the fake one too, which mixed devices may lead to."""
+    tensors = {"input": input, "weight": weight, "bias": bias}
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.dtype != torch.float32:
+            raise TypeError(f"conv3x3: {name} must be float32, got {tensor.dtype}; use .float()")
+        if tensor.device != input.device:
+            raise ValueError(
+                f"conv3x3: {name} must be on {input.device} like input, got {tensor.device}"
+            )
+
+
 def _check_shapes(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if input.dim() != 4:
-        raise ValueError(f"input must be [B, C, H, W], got shape {tuple(input.shape)}")
-    if weight.dim() != 4 or weight.shape[0] != 36 or weight.shape[2:] != (input.shape[1], 16):
+        raise ValueError(f"conv3x3: input must be [B, C, H, W], got shape {tuple(input.shape)}")
+    channels = input.shape[1]
+    fits = weight.dim() == 4 and weight.shape[0] == 36 and weight.shape[2:] == (channels, 16)
+    if not fits or channels % 16:
         raise ValueError(
-            f"weight_transformed must be [36, K / 16, {input.shape[1]}, 16], as transform_weight "
-            f"makes it for the channels of input, got shape {tuple(weight.shape)}"
+            f"conv3x3: weight_transformed must be [36, K / 16, {channels}, 16], as transform_weight"
+            f" makes it for the channels of input, got shape {tuple(weight.shape)}"
         )
-    if bias is not None and bias.shape != (16 * weight.shape[1],):
-        raise ValueError(f"bias must be [K] = [{16 * weight.shape[1]}], got {list(bias.shape)}")
+    outputs = 16 * weight.shape[1]
+    if bias is not None and bias.shape != (outputs,):
+        raise ValueError(f"conv3x3: bias must be [K] = [{outputs}], got {list(bias.shape)}")
 
 
 def _empty(input: Tensor, weight: Tensor) -> Tensor:
@@ -135,26 +155,37 @@ def _empty(input: Tensor, weight: Tensor) -> Tensor:
 
 def _conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     """The plain torch kernel: all tiles at once, as 36 matrix products."""
-    for tensor in (input, weight) if bias is None else (input, weight, bias):
-        if tensor.dtype != torch.float32:
-            raise TypeError(f"conv3x3: all tensors must be float32, got {tensor.dtype}")
+    _check_kinds(input, weight, bias)
     _check_shapes(input, weight, bias)
     output = _empty(input, weight)
     if output.numel() == 0:
         return output
     height, width = input.shape[2:]
-    a, b = input.new_tensor(_A), input.new_tensor(_B)
     # Tiles start every four pixels; the last ones may hang over the edge.
     input = F.pad(input, (1, 1 + -width % 4, 1, 1 + -height % 4))
     tiles = input.unfold(2, 6, 4).unfold(3, 6, 4)  # [B, C, rows, columns, 6, 6]
-    tiles = torch.einsum("pi,qj,bcrsij->pqbrsc", b, b, tiles)
+    tiles = _transform(_B, _transform(_B, tiles.permute(4, 5, 0, 2, 3, 1)), dim=1)
     products = tiles.flatten(0, 1).flatten(1, 3) @ weight.transpose(1, 2).flatten(2)
     products = products.view(*tiles.shape[:-1], -1)
-    result = torch.einsum("ip,jq,pqbrsk->bkrisj", a, a, products).flatten(4, 5).flatten(2, 3)
+    result = _transform(_A, _transform(_A, products), dim=1)  # [4, 4, B, rows, columns, K]
+    result = result.permute(2, 5, 3, 0, 4, 1).flatten(4, 5).flatten(2, 3)
     result = result[:, :, :height, :width]
     if bias is not None:
         result = result + bias.view(-1, 1, 1)
     return output.copy_(result.relu() if relu else result)
+
+
+def _transform(matrix: list[list[float]], values: Tensor, dim: int = 0) -> Tensor:
+    """The matrix times the values of a dimension.
+
+    Without its zeros, as in C++: times 0 what is not finite would become NaN where it has no place.
+    """
+    rows = values.unbind(dim)
+    sums = []
+    for factors in matrix:
+        terms = [factor * row for factor, row in zip(factors, rows, strict=True) if factor]
+        sums.append(functools.reduce(torch.add, terms))
+    return torch.stack(sums, dim)
 
 
 def _transform_weight(weight: Tensor) -> Tensor:
@@ -172,6 +203,7 @@ def _transform_weight(weight: Tensor) -> Tensor:
 
 
 def _fake(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    _check_kinds(input, weight, bias)
     return _empty(input, weight)
 
 

@@ -13,6 +13,7 @@
 #include <limits>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #ifdef WITH_CUDA
@@ -67,10 +68,11 @@ struct Ranked {
   at::Tensor boxes, order;
 };
 
-// A NaN score ranks last, and its box becomes NaN so that it overlaps nothing.
-Ranked rank_boxes(const at::Tensor& boxes, const at::Tensor& scores) {
-  TORCH_CHECK_TYPE(boxes.scalar_type() == at::kFloat || boxes.scalar_type() == at::kDouble,
-                   "nms: boxes must be float32 or float64, got ", boxes.dtype());
+void check(const at::Tensor& boxes, const at::Tensor& scores, double iou_threshold) {
+  for (const auto& [name, tensor] : {std::pair("boxes", boxes), std::pair("scores", scores)}) {
+    TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble,
+                     "nms: ", name, " must be float32 or float64, got ", tensor.scalar_type());
+  }
   TORCH_CHECK_VALUE(boxes.dim() == 2 && boxes.size(1) == 4, "nms: boxes must be [N, 4], got ",
                     boxes.sizes());
   TORCH_CHECK_VALUE(scores.dim() == 1 && scores.size(0) == boxes.size(0),
@@ -79,6 +81,12 @@ Ranked rank_boxes(const at::Tensor& boxes, const at::Tensor& scores) {
   TORCH_CHECK_VALUE(scores.device() == boxes.device(),
                     "nms: boxes and scores must be on one device, got ", boxes.device(), " and ",
                     scores.device());
+  TORCH_CHECK_VALUE(iou_threshold >= 0 && iou_threshold <= 1,  // false for NaN, too
+                    "nms: iou_threshold must be within 0..1, got ", iou_threshold);
+}
+
+// A NaN score ranks last, and its box becomes NaN so that it overlaps nothing.
+Ranked rank_boxes(const at::Tensor& boxes, const at::Tensor& scores) {
   const at::Tensor unscored = scores.isnan();
   const at::Tensor key = scores.masked_fill(unscored, -std::numeric_limits<double>::infinity());
   const at::Tensor order = std::get<1>(key.sort(/*stable=*/true, /*dim=*/0, /*descending=*/true));
@@ -88,6 +96,7 @@ Ranked rank_boxes(const at::Tensor& boxes, const at::Tensor& scores) {
 }
 
 at::Tensor nms_cpu(const at::Tensor& boxes, const at::Tensor& scores, double iou_threshold) {
+  check(boxes, scores, iou_threshold);
   const Ranked ranked = rank_boxes(boxes, scores);
   const int64_t count = boxes.size(0);
   const int64_t* index = ranked.order.const_data_ptr<int64_t>();
@@ -127,6 +136,7 @@ at::Tensor nms_cpu(const at::Tensor& boxes, const at::Tensor& scores, double iou
 
 #ifdef WITH_CUDA
 at::Tensor nms_cuda(const at::Tensor& boxes, const at::Tensor& scores, double iou_threshold) {
+  check(boxes, scores, iou_threshold);
   const c10::cuda::CUDAGuard guard(boxes.device());
   const Ranked ranked = rank_boxes(boxes, scores);
   const int64_t count = boxes.size(0);

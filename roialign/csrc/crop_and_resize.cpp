@@ -9,6 +9,8 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <vector>
 
 #ifdef WITH_CUDA
@@ -27,13 +29,8 @@ namespace {
 template <class T>
 class Points {
  public:
-  Points(const Shape& shape, const T* boxes, const int64_t* box_index)
+  Points(const Shape& shape, const T* boxes)
       : height_(shape.crop_height), width_(shape.crop_width) {
-    for (int64_t crop = 0; crop < shape.crops; ++crop) {
-      const int64_t index = box_index[crop];
-      TORCH_CHECK_INDEX(index >= 0 && index < shape.images, "crop_and_resize: box_index[", crop,
-                        "] must be within 0..", shape.images - 1, ", got ", index);
-    }
     y_.reserve(shape.crops * height_);
     x_.reserve(shape.crops * width_);
     for (const T* box = boxes; box < boxes + 4 * shape.crops; box += 4) {
@@ -65,7 +62,7 @@ class Points {
 template <class T>
 void crop_forward_cpu(const Shape& shape, const T* image, const T* boxes, const int64_t* box_index,
                       T extrapolation_value, T* crops) {
-  const Points<T> points(shape, boxes, box_index);
+  const Points<T> points(shape, boxes);
   const int64_t width = shape.width, pixels = shape.height * width, channels = shape.channels;
   if (shape.channels_last) {
     at::parallel_for(0, shape.crops, 1, [&](int64_t begin, int64_t end) {
@@ -105,7 +102,7 @@ void crop_forward_cpu(const Shape& shape, const T* image, const T* boxes, const 
 template <class T>
 void crop_backward_cpu(const Shape& shape, const T* grad, const T* boxes, const int64_t* box_index,
                        T* grad_image) {
-  const Points<T> points(shape, boxes, box_index);
+  const Points<T> points(shape, boxes);
   const int64_t width = shape.width, pixels = shape.height * width, channels = shape.channels;
   if (shape.channels_last) {
     at::parallel_for(0, channels, 16, [&](int64_t begin, int64_t end) {
@@ -147,34 +144,46 @@ struct Arguments {
   at::MemoryFormat layout;
 };
 
-Arguments prepare(const at::Tensor& values, const at::Tensor& boxes, const at::Tensor& box_index,
-                  const Shape& shape) {
-  TORCH_CHECK_TYPE(values.scalar_type() == at::kFloat || values.scalar_type() == at::kDouble,
-                   "crop_and_resize: image must be float32 or float64, got ", values.dtype());
-  TORCH_CHECK_TYPE(boxes.scalar_type() == values.scalar_type(),
-                   "crop_and_resize: boxes must have the dtype of image, ", values.dtype(),
-                   ", got ", boxes.dtype());
-  TORCH_CHECK_VALUE(boxes.dim() == 2 && boxes.size(1) == 4,
-                    "crop_and_resize: boxes must be [R, 4], got ", boxes.sizes());
-  TORCH_CHECK_VALUE(box_index.dim() == 1 && box_index.size(0) == shape.crops,
-                    "crop_and_resize: box_index must be [R] = [", shape.crops, "], got ",
-                    box_index.sizes());
+void check_devices(const at::Tensor& values, const at::Tensor& boxes,
+                   const at::Tensor& box_index) {
   TORCH_CHECK_VALUE(boxes.device() == values.device() && box_index.device() == values.device(),
                     "crop_and_resize: image, boxes and box_index must be on one device, got ",
                     values.device(), ", ", boxes.device(), " and ", box_index.device());
+}
+
+Arguments prepare(const at::Tensor& values, const at::Tensor& boxes, const at::Tensor& box_index,
+                  const Shape& shape) {
+  TORCH_CHECK_TYPE(values.scalar_type() == at::kFloat || values.scalar_type() == at::kDouble,
+                   "crop_and_resize: image must be float32 or float64, got ",
+                   values.scalar_type());
+  TORCH_CHECK_TYPE(boxes.scalar_type() == values.scalar_type(),
+                   "crop_and_resize: boxes must have the dtype of image, ", values.scalar_type(),
+                   ", got ", boxes.scalar_type());
+  TORCH_CHECK_TYPE(box_index.scalar_type() == at::kInt || box_index.scalar_type() == at::kLong,
+                   "crop_and_resize: box_index must be int32 or int64, got ",
+                   box_index.scalar_type());
+  TORCH_CHECK_VALUE(box_index.dim() == 1 && box_index.size(0) == shape.crops,
+                    "crop_and_resize: box_index must be [R] = [", shape.crops, "], got ",
+                    box_index.sizes());
+  check_devices(values, boxes, box_index);
   TORCH_CHECK_VALUE(shape.crop_height > 0 && shape.crop_width > 0,
                     "crop_and_resize: crops must have at least one pixel, got ",
                     shape.crop_height, " x ", shape.crop_width);
   // Beyond 2^24, a float cannot tell the last pixel from the one after.
   constexpr int64_t kMaxSide = 1 << 24;
-  TORCH_CHECK_VALUE(shape.height > 0 && shape.width > 0 && shape.height <= kMaxSide &&
-                        shape.width <= kMaxSide,
+  TORCH_CHECK_VALUE(shape.images >= 0 && shape.height > 0 && shape.width > 0 &&
+                        shape.height <= kMaxSide && shape.width <= kMaxSide,
                     "crop_and_resize: image must have sides of 1 to ", kMaxSide, " pixels, got ",
-                    shape.height, " x ", shape.width);
+                    shape.images, " of ", shape.height, " x ", shape.width);
   const auto layout =
       shape.channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-  return {values.contiguous(layout), boxes.contiguous(), box_index.to(at::kLong).contiguous(),
-          layout};
+  const at::Tensor index = box_index.to(at::kLong).contiguous();
+  for (int64_t crop = 0; index.is_cpu() && crop < shape.crops; ++crop) {
+    const int64_t image = index.const_data_ptr<int64_t>()[crop];
+    TORCH_CHECK_INDEX(image >= 0 && image < shape.images, "crop_and_resize: box_index[", crop,
+                      "] must be within 0..", shape.images - 1, ", got ", image);
+  }
+  return {values.contiguous(layout), boxes.contiguous(), index, layout};
 }
 
 bool is_channels_last(const at::Tensor& values) {
@@ -188,13 +197,19 @@ at::Tensor forward(const at::Tensor& image, const at::Tensor& boxes, const at::T
                    Kernel kernel) {
   TORCH_CHECK_VALUE(image.dim() == 4, "crop_and_resize: image must be [B, C, H, W], got ",
                     image.sizes());
+  TORCH_CHECK_VALUE(boxes.dim() == 2 && boxes.size(1) == 4,
+                    "crop_and_resize: boxes must be [R, 4], got ", boxes.sizes());
   const Shape shape{image.size(0), image.size(1), image.size(2), image.size(3),
                     boxes.size(0), crop_height,   crop_width,    is_channels_last(image)};
   const Arguments in = prepare(image, boxes, box_index, shape);
   const at::Tensor crops = at::empty({shape.crops, shape.channels, crop_height, crop_width},
                                      image.options().memory_format(in.layout));
-  if (crops.numel() == 0) return crops;
   AT_DISPATCH_FLOATING_TYPES(image.scalar_type(), "crop_and_resize", [&] {
+    TORCH_CHECK_VALUE(!std::isfinite(extrapolation_value) ||
+                          std::abs(extrapolation_value) <= std::numeric_limits<scalar_t>::max(),
+                      "crop_and_resize: extrapolation_value must fit ", image.scalar_type(),
+                      ", got ", extrapolation_value);
+    if (crops.numel() == 0) return;
     kernel(shape, in.values.const_data_ptr<scalar_t>(), in.boxes.const_data_ptr<scalar_t>(),
            in.box_index.const_data_ptr<int64_t>(), static_cast<scalar_t>(extrapolation_value),
            crops.mutable_data_ptr<scalar_t>());
@@ -206,6 +221,8 @@ at::Tensor forward(const at::Tensor& image, const at::Tensor& boxes, const at::T
 template <class Kernel>
 at::Tensor backward(const at::Tensor& grad, const at::Tensor& boxes, const at::Tensor& box_index,
                     int64_t images, int64_t height, int64_t width, Kernel kernel) {
+  TORCH_CHECK_VALUE(boxes.dim() == 2 && boxes.size(1) == 4,
+                    "crop_and_resize: boxes must be [R, 4], got ", boxes.sizes());
   TORCH_CHECK_VALUE(grad.dim() == 4 && grad.size(0) == boxes.size(0),
                     "crop_and_resize: grad must be [R, C, h, w] with the R of boxes, got ",
                     grad.sizes(), " and ", boxes.sizes());
@@ -241,6 +258,7 @@ at::Tensor backward_cpu(const at::Tensor& grad, const at::Tensor& boxes,
 at::Tensor forward_cuda(const at::Tensor& image, const at::Tensor& boxes,
                         const at::Tensor& box_index, int64_t crop_height, int64_t crop_width,
                         double extrapolation_value) {
+  check_devices(image, boxes, box_index);
   const c10::cuda::CUDAGuard guard(image.device());
   return forward(image, boxes, box_index, crop_height, crop_width, extrapolation_value,
                  [](auto... arguments) {
@@ -251,6 +269,7 @@ at::Tensor forward_cuda(const at::Tensor& image, const at::Tensor& boxes,
 at::Tensor backward_cuda(const at::Tensor& grad, const at::Tensor& boxes,
                          const at::Tensor& box_index, int64_t images, int64_t height,
                          int64_t width) {
+  check_devices(grad, boxes, box_index);
   const c10::cuda::CUDAGuard guard(grad.device());
   at::globalContext().alertNotDeterministic("crop_and_resize_backward on CUDA");
   return backward(grad, boxes, box_index, images, height, width, [](auto... arguments) {

@@ -97,9 +97,9 @@ void convolve(const Convolution& conv, const at::TensorOptions& options) {
 at::Tensor conv3x3(const at::Tensor& input, const at::Tensor& weight,
                    const std::optional<at::Tensor>& bias, bool relu) {
   TORCH_CHECK_TYPE(input.scalar_type() == at::kFloat, "conv3x3: input must be float32, got ",
-                   input.dtype());
+                   input.scalar_type());
   TORCH_CHECK_TYPE(weight.scalar_type() == at::kFloat, "conv3x3: weight must be float32, got ",
-                   weight.dtype());
+                   weight.scalar_type());
   TORCH_CHECK_VALUE(input.dim() == 4, "conv3x3: input must be [B, C, H, W], got ", input.sizes());
   const int64_t channels = input.size(1);
   TORCH_CHECK_VALUE(weight.dim() == 4 && weight.size(0) == kPoints && weight.size(2) == channels &&
@@ -111,14 +111,15 @@ at::Tensor conv3x3(const at::Tensor& input, const at::Tensor& weight,
   at::Tensor offset;
   if (bias) {
     TORCH_CHECK_TYPE(bias->scalar_type() == at::kFloat, "conv3x3: bias must be float32, got ",
-                     bias->dtype());
+                     bias->scalar_type());
     TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == outputs,
                       "conv3x3: bias must be [K] = [", outputs, "], got ", bias->sizes());
     offset = bias->contiguous();
   }
-  TORCH_CHECK_VALUE(weight.device() == input.device() &&
-                        (!bias || bias->device() == input.device()),
-                    "conv3x3: weight and bias must be on ", input.device(), " like input");
+  TORCH_CHECK_VALUE(weight.device() == input.device(), "conv3x3: weight must be on ",
+                    input.device(), " like input, got ", weight.device());
+  TORCH_CHECK_VALUE(!bias || bias->device() == input.device(), "conv3x3: bias must be on ",
+                    input.device(), " like input, got ", bias->device());
 
   constexpr auto kLast = at::MemoryFormat::ChannelsLast;
   const at::Tensor output = at::empty({input.size(0), outputs, input.size(2), input.size(3)},
