@@ -465,7 +465,7 @@ def test_a_region_of_labelme_without_a_label_is_listed(folder, label):
         (shape("fig", "mask", [[100, 2]], mask=png(np.ones((2, 2)))), "without a pixel"),
         (shape("fig", "mask", [[1, 2]], mask=png(np.ones((500, 500)))), "a mask that is larger"),
         (shape("fig", "sphere", [[1, 2], [3, 4]]), "of an unknown shape, 'sphere'"),
-        (shape("fig", [], STAR), "malformed"),
+        (shape("fig", [1], STAR), "of an unknown shape, [1]"),
         ({"label": "fig"}, "malformed"),
         ({"points": STAR}, "malformed"),
         (None, "malformed"),
@@ -579,7 +579,7 @@ def mutate(value, rng):
 
 
 def fuzz(folder, rounds, seed):
-    """Loads mutated files and draws what was loaded; what cannot be used is a ValueError or OSError."""
+    """Loads mutated files and draws what was loaded: how many were loaded, not refused in words."""
     rng = np.random.default_rng(seed)
     shapes = [POLYGON, RECT, CIRCLE, ELLIPSE, POINT]
     regions = [region(each, kind="fig") for each in shapes]
@@ -609,8 +609,7 @@ def fuzz(folder, rounds, seed):
             data = reader()
             try:
                 data.load_annotations(folder, path)
-            except (OSError, ValueError) as error:
-                assert str(error)
+            except (OSError, ValueError):
                 continue
             data.prepare()
             for image_id in data.image_ids:

@@ -16,6 +16,7 @@ import demo
 import utils
 import weights
 from coco import CATEGORY_IDS, CLASS_NAMES, build_coco_results
+from coco_dataset import CocoDataset
 from model import MaskRCNN
 
 
@@ -137,6 +138,9 @@ def test_images_of_one_name_do_not_overwrite_each_other(model_path, photos, tmp_
         (["--min-confidence", "70"], "--min-confidence: must be a number from 0 to 1, got '70'"),
         (["--model", "nowhere.pth"], "no weight file nowhere.pth"),
         (["--device", "toaster"], "toaster"),
+        (["--coco", "found.json"], "--list, --results and --coco are for images of one's own"),
+        (["one.png", "--no-pictures", "--stages"], "--no-pictures does not go with"),
+        (["one.png", "--list", "list.json"], "--list needs the folder of its images"),
     ],
 )
 def test_bad_arguments_get_one_line_and_status_2(model_path, tmp_path, capsys, arguments, message):
@@ -150,6 +154,87 @@ def test_bad_arguments_get_one_line_and_status_2(model_path, tmp_path, capsys, a
     assert message in error
     assert error.startswith("demo.py: ")
     assert error.count("\n") == 1
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("options", [[], ["--polygons"]], ids=["run lengths", "polygons"])
+def test_detections_become_annotations_to_train_on(model_path, photos, tmp_path, options):
+    inside = photos / "inside"
+    inside.mkdir()
+    (photos / "two.jpg").rename(inside / "two.jpg")
+    file = tmp_path / "new" / "found.json"
+    arguments = [photos, inside, "--coco", file, "--no-pictures", "--json", *options]
+    assert run(model_path, tmp_path, *arguments) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["one.json", "two.json"]
+    data = CocoDataset()
+    summary = data.load_annotations(photos, file)
+    data.prepare()
+    assert [info["id"] for info in data.image_info] == ["one", "two"]
+    assert summary.annotations > 0
+    model = MaskRCNN.from_weights(model_path, DETECTION_MIN_CONFIDENCE=0.0)
+    found = model.detect([data.load_image(0)])[0]
+    visible = found["masks"].any(axis=(0, 1))
+    masks, class_ids = data.load_mask(0)
+    np.testing.assert_array_equal(class_ids, found["class_ids"][visible])
+    for mask, again in zip(found["masks"].T[visible], masks.T, strict=True):
+        assert (mask & again).sum() >= 0.95 * (mask | again).sum()
+    (first, *_) = json.loads((tmp_path / "out" / "one.json").read_text())
+    assert isinstance(first["segmentation"], list if options else dict)
+
+
+def test_results_of_an_unlabelled_list(model_path, photos, tmp_path, capsys):
+    images = [{"id": 7, "file_name": "two.jpg"}, {"id": "x", "file_name": "gone.jpg"}]
+    file, results = tmp_path / "list.json", tmp_path / "results.json"
+    file.write_text(json.dumps({"images": images, "categories": []}))
+    options = ["--list", file, "--results", results, "--no-pictures"]
+    assert run(model_path, tmp_path, photos, *options) == 1
+    assert not (tmp_path / "out").exists()
+    assert {found["image_id"] for found in json.loads(results.read_text())} == {7}
+    assert "skipped gone.jpg: no such file in" in capsys.readouterr().err
+
+    assert run(model_path, tmp_path, photos, "--results", results, "--no-pictures") == 0
+    ids = [found["image_id"] for found in json.loads(results.read_text())]
+    assert ids == sorted(ids)
+    assert set(ids) == {"one", "two"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "must have a list images, each with an id and a file_name"),
+        ('{"images": [{"id": 1.5, "file_name": "one.png"}]}', "must have a list images"),
+        ('{"images": [{"id": 1, "file_name": "gone.png"}]}', "must hold the images of"),
+        (
+            '{"images": [{"id": 1, "file_name": "one.png"}, {"id": 2, "file_name": "one.png"}]}',
+            "must name each image once, got one.png again",
+        ),
+    ],
+)
+def test_lists_that_cannot_be_used(model_path, photos, tmp_path, capsys, content, message):
+    (tmp_path / "list.json").write_text(content)
+    assert run(model_path, tmp_path, photos, "--list", tmp_path / "list.json") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_nothing_found_says_what_is_below_the_threshold(
+    model_path, photos, tmp_path, capsys, monkeypatch
+):
+    best = np.array([0.62, 0.5, 0.1], np.float32)
+
+    def detect(model, images, masks):
+        scores = best[best >= model.config.DETECTION_MIN_CONFIDENCE]
+        n = len(scores)
+        rois, class_ids = np.zeros((n, 4), np.int32), np.ones(n, np.int32)
+        return [{"rois": rois, "class_ids": class_ids, "scores": scores, "masks": []}]
+
+    monkeypatch.setattr(MaskRCNN, "detect", detect)
+    options = [str(photos), "--model", str(model_path), "--output", str(tmp_path / "out")]
+    assert demo.main(options) == 0
+    expected = "0 objects (3 scored below --min-confidence 0.7, the best of them 0.62), "
+    assert capsys.readouterr().out.count(expected) == 2
+    best = best[:0]
+    assert demo.main(options) == 0
+    assert "one.png: 0 objects (none at any score), " in capsys.readouterr().out
 
 
 def test_a_mistake_in_the_program_is_no_skipped_image(model_path, photos, tmp_path, monkeypatch):
