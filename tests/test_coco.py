@@ -323,7 +323,9 @@ def test_from_via_to_numbers(checkpoint, tmp_path, capsys):
     dates = [*write_via(photos, ["date"], "dates.json"), "--class-attribute=kind"]
     assert coco.main(["evaluate", *dates, f"--model={best}"]) == 2
     error = capsys.readouterr().err
-    assert "0.png, region 0 must be of a class in ['fig', 'nut'], got 'date'" in error
+    assert (
+        "must have classes of ['fig', 'nut'], got ['date'], the first in 0.png, region 0" in error
+    )
 
 
 def test_validation_data_of_via_have_the_classes_of_the_training_data(
@@ -340,7 +342,7 @@ def test_validation_data_of_via_have_the_classes_of_the_training_data(
     assert recorder.val.load_mask(0)[1].tolist() == [2]
     write_via(tmp_path, ["date"], "val.json", count=2)
     assert coco.main([*run, "--val-annotations", str(tmp_path / "val.json")]) == 2
-    assert "must be of a class in ['fig', 'nut'], got 'date'" in capsys.readouterr().err
+    assert "must have classes of ['fig', 'nut'], got ['date']" in capsys.readouterr().err
 
 
 def test_from_labelme_to_numbers(checkpoint, tmp_path, capsys):

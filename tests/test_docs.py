@@ -180,7 +180,8 @@ def write_keras(model, path):
                 kind = "1" if branch == "1" and layer == "bn" else kind
                 names[f"{layer}{stage}a_branch{branch}"] = f"fpn.C{stage}.0.{part.format(kind)}"
     state = model.state_dict()
-    kinds = {"weight": "gamma", "bias": "beta", "running_mean": "mean", "running_var": "variance"}
+    kinds = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean"}
+    kinds["running_var"] = "moving_variance"
     with h5py.File(path, "w") as file:
         for layer, module in names.items():
             group, keys = file.create_group(layer), []

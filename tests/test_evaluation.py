@@ -57,7 +57,10 @@ class Oracle:
 
     def __init__(self, dataset, answer, batch=3):
         self.config = types.SimpleNamespace(
-            BATCH_SIZE=batch, NUM_CLASSES=dataset.num_classes, DETECTION_MIN_CONFIDENCE=0.7
+            BATCH_SIZE=batch,
+            NUM_CLASSES=dataset.num_classes,
+            DETECTION_MIN_CONFIDENCE=0.7,
+            IMAGE_BIT_DEPTH=None,
         )
         images = [dataset.load_image(i) for i in range(dataset.num_images)]
         self.answers = {image.tobytes(): answer(i) for i, image in enumerate(images)}
