@@ -599,7 +599,7 @@ def mutate(value, rng, depth=0):
             copied[key] = mutate(value[key], rng, depth + 1)
         return copied
     if type(value) in (int, float) and rng.random() < 0.6:
-        small = min(value, 1e300)
+        small = max(min(value, 1e300), -1e300)
         changed = (value * 1000, small / 100, -value, float(small), str(value), value + 1)
         return rng.choice(changed)
     return rng.choice((float("nan"), float("inf"), *ODD)) if depth else value
