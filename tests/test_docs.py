@@ -39,6 +39,7 @@ NOT_RUN = {"matterport": "needs TensorFlow 1 and Matterport's library"}
 # Commands that are parsed and not run, by what they contain: why.
 ONLY_PARSED = {
     "--dataset=/path/to/coco": "needs MS COCO",
+    "test2017": "needs MS COCO",
     "--dataset DIR": "needs the photographs of BBBC038",
     "weights.py download": "needs the network",
     "samples/shapes.py train": "takes an hour",
