@@ -5,6 +5,7 @@ declare arrays that are far larger than itself.
 """
 
 import math
+import mmap
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,6 +88,7 @@ def read_keras(path: Path) -> dict[str, Tensor]:
     """
     import h5py
 
+    _check_heaps(path)
     state: dict[str, Tensor] = {}
     most = MOST_EXPANSION * path.stat().st_size
     with h5py.File(path, "r") as file:
@@ -118,6 +120,28 @@ def read_keras(path: Path) -> dict[str, Tensor]:
                 )
             state[key] = tensor
     return state
+
+
+def _check_heaps(path: Path) -> None:
+    """Refuses lists of free space in a circle, which HDF5 would follow until the memory ends.
+
+    The names of a group are in a local heap ("HEAP", where its first free block is, where it
+    begins), in which each free block begins with the place of the next one.
+    """
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+
+        def number(where: int) -> int:
+            return int.from_bytes(content[where : where + 8], "little")
+
+        heap = content.find(b"HEAP\0")
+        while heap >= 0:
+            block, start, seen = number(heap + 16), number(heap + 24), set()
+            while start + block < len(content) and block not in seen:
+                seen.add(block)
+                block = number(start + block)
+            if block in seen:
+                raise Refused("its free space leads back into itself; download or copy it again")
+            heap = content.find(b"HEAP\0", heap + 1)
 
 
 def _child(group: Any, name: str) -> Any:

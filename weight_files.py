@@ -81,6 +81,7 @@ _CONTAINERS = (
     *("model", "state_dict", "model_state_dict", "model_state", "net", "network"),
     *("weights", "module"),
 )
+_OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # a pickled number; before torch 1.6
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -100,14 +101,15 @@ def read_state_dict(path: str | Path) -> WeightFile:
     elif head.startswith((b"PK\x03\x04", b"PK\x05\x06")):  # a zip; an empty one
         _check_zip(path)
         content = _read_torch(path)
-    elif head.startswith(b"\x80\x02"):  # torch before 1.6: a pickle
+    elif head.startswith(_OLD_TORCH):
         content = _read_torch(path)
     elif head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size:
         content = _read_safetensors(path)
     else:
         raise ValueError(f"{path} {_what_else(path, head)}")
     state, kind, config, training = content
-    if not any(_OURS.fullmatch(key) for key in state):
+    # Some more tensors may be there, of another branch or a second model.
+    if sum(_OURS.fullmatch(key) is not None for key in state) * 4 < max(len(state), 1):
         raise ValueError(
             f"{path} holds neither Mask R-CNN weights nor a ResNet-50 or ResNet-101; "
             f"its tensors: {group_names(state) or 'none'}"
@@ -427,7 +429,7 @@ def _what_else(path: Path, head: bytes) -> str:
         return "is a web page, saved in place of the file; download the file itself"
     if head.startswith(_PACKED) or head[257:262] == b"ustar":
         return "is a packed archive; unpack it and give the weight file in it"
-    if head.startswith((b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+    if head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         return (
             "is a pickle that torch.save did not write, and is not opened, since that could run "
             "code; if you trust its origin (Detectron2's .pkl is another network), load it "

@@ -106,7 +106,8 @@ def load_weights(
             read_state_dict returned, so that a file is read once.
         exclude: what to leave as it is: modules ("mask", "classifier.linear_class"), regular
             expressions of modules, or Matterport's layers ("mrcnn_bbox_fc").
-        skip_mismatched: leave tensors of another shape as they are instead of raising.
+        skip_mismatched: leave tensors of another shape as they are instead of raising, unless it
+            is the first convolution, without which the backbone is worth nothing.
         verbose: print the report.
 
     Raises:

@@ -111,7 +111,8 @@ def server(monkeypatch):
                     self.wfile.write(b"x")
                     time.sleep(0.02)
             stop = 60_000 if state.behaviour == "breaks" else len(content)
-            self.wfile.write(content[start:stop])
+            with contextlib.suppress(ConnectionError):  # the client may have gone
+                self.wfile.write(content[start:stop])
 
         def log_message(self, *arguments):
             pass

@@ -180,6 +180,17 @@ def test_half_precision_packed_and_counters_are_read(tmp_path, source):
     assert not any("dropout" in key for key in state)
 
 
+def test_free_space_in_a_circle_is_not_followed(tmp_path, source):
+    """Found by damaging files at random: HDF5 takes memory until there is none."""
+    path = change_h5(tmp_path / "model.h5", source, lambda group: None)
+    content = bytearray(path.read_bytes())
+    heap = content.index(b"HEAP")
+    block, start = (int.from_bytes(content[heap + i : heap + i + 8], "little") for i in (16, 24))
+    content[start + block : start + block + 8] = block.to_bytes(8, "little")
+    path.write_bytes(content)
+    refused(path, "its free space leads back into itself")
+
+
 def test_declared_memory_is_not_taken(tmp_path, source):
     change = replaced(shape=(7, 7, 3, 10**7), dtype="f8")  # 12 GB
     path = change_h5(tmp_path / "model.h5", source, change)
@@ -361,6 +372,12 @@ def test_networks_of_other_programs_are_named(tmp_path, capsys, program, names, 
     assert not (tmp_path / "out.pth").exists()
 
 
+def test_a_name_in_common_makes_no_mask_rcnn(tmp_path):
+    state = {f"layers.{i}.weight": torch.ones(2) for i in range(9)}
+    torch.save(state | {"classifier.conv1.weight": torch.ones(2)}, tmp_path / "model.pth")
+    refused(tmp_path / "model.pth", "holds neither Mask R-CNN weights nor")
+
+
 def test_a_torchscript_program_is_named(tmp_path):
     with zipfile.ZipFile(tmp_path / "model.pt", "w") as archive:
         for name in ("data.pkl", "constants.pkl", "code/__torch__.py"):
@@ -502,6 +519,7 @@ def zipped(**members):
         ("a.h5", gzip.compress(b"a" * 99), "packed archive; unpack it"),
         ("a.pth", bytes(range(1, 256)) + b"..ustar\0", "packed archive; unpack it"),
         ("a.pkl", pickle.dumps({"a": 1}), "a pickle that torch.save did not write"),
+        ("a.pkl", pickle.dumps({"a": 1}, protocol=2), "a pickle that torch.save did not write"),
         ("saved_model.pb", b"\x08\x01", r"another program's model .*model\.save\('model\.h5'\)"),
         ("a.ckpt.data-00000-of-00001", b"\x08\x01", "another program's model"),
         ("a.h5", b"\x01text of another kind", "neither HDF5 .* nor safetensors: 21 bytes"),
