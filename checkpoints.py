@@ -108,7 +108,7 @@ def mark_as_newest(path: Path, name: str) -> None:
             os.utime(path, ns=(latest + 10**9,) * 2)
 
 
-def find_last(model_dir: str | Path, name: str) -> weights.WeightFile:
+def read_last(model_dir: str | Path, name: str) -> weights.WeightFile:
     """The newest checkpoint of a run of this name that can be read; warns about those after it.
 
     Raises:

@@ -100,8 +100,11 @@ def resumable(model: Any, option: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        saved = str(interrupt) or (model.log_dir and f"the last checkpoint is in {model.log_dir}")
-        message = f"{saved}; go on with {option}" if saved else "before the first step"
+        folder = model.log_dir
+        saved = str(interrupt)
+        if not saved and folder is not None and any(folder.glob("*.pth")):
+            saved = f"the last checkpoint is in {folder}"
+        message = f"{saved}; go on with {option}" if saved else "before the first checkpoint"
         raise KeyboardInterrupt(message) from None
 
 

@@ -26,7 +26,7 @@ import distributed
 import model as modellib
 import utils
 import weights
-from annotations import DrawnDataset, LabelmeDataset, ViaDataset
+from annotations import LabelmeDataset, ViaDataset
 from coco_dataset import CocoDataset
 from coco_dataset import LoadSummary as LoadSummary
 from coco_download import SUBSETS
@@ -36,6 +36,7 @@ from dataset import horizontal_flip
 from evaluation import build_coco_results as build_coco_results
 from evaluation import evaluate_coco, evaluator
 from inspection import check_objects, inspect
+from mask_files import MasksDataset
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +166,7 @@ def model_to_train(
     exclude = () if same else CLASS_LAYERS
     model = modellib.MaskRCNN.from_weights(file, CocoConfig, exclude, args.logs, **options)
     if args.model == "last":
-        logger.info("going on from %s", model.resume(path))
+        logger.info("going on from %s", model.resume(file))
     return model
 
 
@@ -177,7 +178,7 @@ def model_file(args: argparse.Namespace, backbone: object = None) -> Path | None
     """
     path = None
     if distributed.is_main() and args.model == "last":
-        path = checkpoints.find_last(args.logs, CocoConfig.NAME).path
+        path = checkpoints.read_last(args.logs, CocoConfig.NAME).path
     elif distributed.is_main() and args.model != "random":
         path = weights.find_weights(args.model, backbone)
     return distributed.from_main(path)
@@ -224,8 +225,13 @@ def inspect_data(args: argparse.Namespace) -> None:
 
 # --- Data ----------------------------------------------------------------------------------------
 
-# What reads the formats that --format names besides COCO's.
-DRAWN: dict[str, type[DrawnDataset]] = {"via": ViaDataset, "labelme": LabelmeDataset}
+# What reads the formats that --format names.
+FORMATS: dict[str, Any] = {
+    "coco": CocoDataset,
+    "via": ViaDataset,
+    "labelme": LabelmeDataset,
+    "masks": MasksDataset,
+}
 
 
 def training_data(args: argparse.Namespace, names: Sequence[str] = ()) -> utils.Dataset:
@@ -298,15 +304,12 @@ def load_own(
         names: of classes, the background's first, in the order of their ids; empty for those of
             the files. Classes are told apart by name, whatever ids the files give them.
     """
-    dataset: CocoDataset | DrawnDataset
-    if args.format in DRAWN:
-        dataset = DRAWN[args.format]()
-        dataset.load_annotations(images[0], annotations[0], args.class_attribute, names[1:])
+    dataset = FORMATS[args.format]()
+    if args.format == "coco":
+        choice = names[1:] or None, args.classes, args.crowd_as_objects
+        dataset.load_files(images, annotations, *choice)
     else:
-        dataset = CocoDataset()
-        dataset.load_files(
-            images, annotations, names[1:] or None, args.classes, args.crowd_as_objects
-        )
+        dataset.load_annotations(images[0], annotations[0], args.class_attribute, names[1:])
     dataset.prepare()
     return dataset
 
@@ -337,7 +340,8 @@ layers to epoch 30 at a tenth. Images are flipped at random. What is not given i
     "inspect": """examples:
   python coco.py inspect --dataset=/path/to/coco --image-dim 512
   python coco.py inspect --images photos --annotations train.json --output sheet.png
-  python coco.py inspect --images photos --annotations photos --format labelme""",
+  python coco.py inspect --images photos --annotations photos --format labelme
+  python coco.py inspect --images photos --annotations masks --format masks""",
 }
 COMMANDS = {
     "train": (train, "train a model; every epoch leaves a checkpoint"),
@@ -388,10 +392,9 @@ def add_data_options(parser: cli.Parser, command: str) -> None:
     several: dict[str, Any] = {"nargs": "+", "action": "extend"}
     text = "the folder of the images, or one for each of several files"
     add("--images", metavar="DIR", **several, help=text)
-    text = "the json that describes them, or several; labelme: the folder"
+    text = "the json that describes them, or several; labelme and masks: a folder"
     add("--annotations", metavar="FILE", **several, help=text)
-    formats = ("coco", *DRAWN)
-    add("--format", choices=formats, default="coco", help="of the annotations; default: coco")
+    add("--format", choices=FORMATS, default="coco", help="of the annotations; default: coco")
     text = "VIA's region attribute that holds the class; default: the only one"
     add("--class-attribute", metavar="NAME", help=text)
     if command == "train":

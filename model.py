@@ -791,7 +791,7 @@ class MaskRCNN(nn.Module):
 
         results: list[dict[str, Any]] = [{} for _ in images]
         size = self.config.BATCH_SIZE
-        with training.evaluating(self):
+        with utils.evaluating(self):
             for members in batches.values():
                 for start in range(0, len(members), size):
                     batch = members[start : start + size]
@@ -1091,7 +1091,7 @@ class MaskRCNN(nn.Module):
             layers: see set_trainable.
             augmentation: of the training images, see dataset.py.
             callbacks: called with the record of each epoch, a dict as in history.jsonl; one that
-                returns True ends the training. Under torchrun in the main process only.
+                returns True ends the stage. Under torchrun in the main process only.
             evaluate: gives numbers for the record, such as coco.py's segm_AP, every
                 EVALUATE_EVERY epochs and after the last. Called in all processes; what the main
                 one gives counts.
@@ -1129,26 +1129,27 @@ class MaskRCNN(nn.Module):
         Raises:
             FileNotFoundError, ValueError: there is none, or none can be read.
         """
-        return checkpoints.find_last(self.model_dir, self.config.NAME).path
+        return checkpoints.read_last(self.model_dir, self.config.NAME).path
 
-    def resume(self, path: str | Path | None = None) -> Path:
+    def resume(self, path: str | Path | weights.WeightFile | None = None) -> Path:
         """Loads a checkpoint of a run so that the next train_model goes on with it.
 
         On a CPU the run then ends with the bits of one that was never stopped, as long as the
         config and the arguments of train_model stay the same.
 
         Args:
-            path: None for the newest one in model_dir that can be read.
+            path: a file, or what weights.read_state_dict made of it; None for the newest one in
+                model_dir that can be read.
 
         Returns:
-            The checkpoint that was loaded.
+            The path of the checkpoint that was loaded.
 
         Raises:
             FileNotFoundError, ValueError: there is none, or none can be read.
         """
         if path is None:
-            file = checkpoints.find_last(self.model_dir, self.config.NAME)
-        else:
-            file = weights.read_state_dict(path)
-        self.run.resume(self, file)
-        return file.path
+            path = checkpoints.read_last(self.model_dir, self.config.NAME)
+        elif not isinstance(path, weights.WeightFile):
+            path = weights.read_state_dict(path)
+        self.run.resume(self, path)
+        return path.path

@@ -253,25 +253,13 @@ class Interrupts:
 # --- Validation ----------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards each module is in the mode that it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 @torch.no_grad()
 def validate(model: nn.Module, loader: DataLoader[Any], config: Config) -> Record:
     """Mean losses, as val_*, of the first VALIDATION_STEPS batches; the same samples each time."""
     device = next(model.parameters()).device
     totals: Counter[str] = Counter()
     count = 0
-    with evaluating(model), chance_of_its_own(config.SEED), autocast(device, config):
+    with utils.evaluating(model), chance_of_its_own(config.SEED), autocast(device, config):
         for images, targets in itertools.islice(loader, config.VALIDATION_STEPS):
             losses = model(images, targets)
             mean = average(torch.stack(list(losses.values()))).tolist()
@@ -401,5 +389,5 @@ def has_lost_patience(run: Run, stage: Stage, history: History, config: Config) 
     patience = config.EARLY_STOPPING
     if patience is None or run.epoch - stage.start < patience or not history.is_stale(patience):
         return False
-    logger.info("no improvement in %d epochs: the training stops", patience)
+    logger.info("no improvement in %d epochs: the stage ends", patience)
     return True

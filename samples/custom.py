@@ -20,14 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the folder of
 import cli
 import utils
 import visualize
-from annotations import LabelmeDataset, ViaDataset
-from coco import CLASS_LAYERS, CocoDataset
+from coco import CLASS_LAYERS, FORMATS
 from config import Config
 from dataset import ColorJitter, Compose, ScaleJitter, horizontal_flip
 from evaluation import evaluate_coco, evaluator
 from model import MaskRCNN
 
-FORMATS: dict[str, Any] = {"coco": CocoDataset, "via": ViaDataset, "labelme": LabelmeDataset}
 AUGMENTATION = Compose(horizontal_flip, ScaleJitter(0.7, 1.4), ColorJitter())
 
 

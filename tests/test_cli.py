@@ -138,20 +138,23 @@ def test_ctrl_c_is_status_130(text, line, capsys):
 
 
 @pytest.mark.parametrize(
-    ("message", "log_dir", "line"),
+    ("message", "saved", "line"),
     [
-        ("saved x.pth", "logs/a", "saved x.pth; go on with --resume"),
-        ("", "logs/a", "the last checkpoint is in logs/a; go on with --resume"),
-        ("", None, "before the first step"),
+        ("saved x.pth", True, "saved x.pth; go on with --resume"),
+        ("", True, "the last checkpoint is in {}; go on with --resume"),
+        ("", False, "before the first checkpoint"),
     ],
 )
-def test_after_ctrl_c_in_a_training_it_says_how_to_go_on(message, log_dir, line, capsys):
+def test_after_ctrl_c_in_a_training_it_says_how_to_go_on(message, saved, line, tmp_path, capsys):
+    if saved:
+        (tmp_path / "mask_rcnn_a_0001.pth").touch()
+
     def function():
-        with cli.resumable(argparse.Namespace(log_dir=log_dir), "--resume"):
+        with cli.resumable(argparse.Namespace(log_dir=tmp_path), "--resume"):
             raise KeyboardInterrupt(message)
 
     assert outcome(function) == 130
-    assert capsys.readouterr().err == f"cells.py: interrupted: {line}\n"
+    assert capsys.readouterr().err == f"cells.py: interrupted: {line.format(tmp_path)}\n"
 
 
 # --- Device and processes ------------------------------------------------------------------------
