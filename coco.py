@@ -82,7 +82,7 @@ OWN_STAGES = (("heads", 10, 1.0), ("all", 30, 0.1))
 
 def train(args: argparse.Namespace) -> None:
     """python coco.py train"""
-    # First the file: a wrong one should not cost the minutes of loading the data.
+    # The file first: a wrong one should be noticed before the data are loaded.
     path = model_file(args, args.BACKBONE or CocoConfig.BACKBONE)
     # A run goes on with its own classes; the file may number them otherwise.
     names = weights.read_options(path).get("CLASS_NAMES") if args.model == "last" and path else None
@@ -120,7 +120,7 @@ def train(args: argparse.Namespace) -> None:
 def keep_some(
     args: argparse.Namespace, dataset: utils.Dataset, seed: int
 ) -> tuple[utils.Dataset, utils.Dataset | None]:
-    """What to train on, and what to evaluate on: None where too few images are there."""
+    """What to train on, and images held out to evaluate on; None if there are too few."""
     rest, kept = dataset.split(0.2 if args.val_share is None else args.val_share, seed)
     logger.info("%d images to train on, %d to evaluate on", rest.num_images, kept.num_images)
     return rest, kept if kept.num_images else None

@@ -101,7 +101,10 @@ class History:
             self.writer = None
 
     def add(self, record: Record, checkpoint: Path, step: int) -> None:
-        """Appends the record of an epoch; its checkpoint becomes best.pth if none was better."""
+        """Appends the record of an epoch.
+
+        Its checkpoint becomes best.pth if its score is above all before, or if no epoch has one.
+        """
         self.records.append(record)
         if not distributed.is_main():
             return

@@ -76,7 +76,7 @@ class Detections(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """All stages of a batch in inference, from the region proposals on."""
+    """What each stage found in a batch, from the region proposals on."""
 
     rpn: RPNOutput
     proposals: Rois
@@ -273,7 +273,7 @@ class RPN(nn.Module):
         self, in_channels: int, channels: int, anchors_per_cell: int, anchor_stride: int
     ) -> None:
         super().__init__()
-        padding = 1 if anchor_stride == 1 else 0  # then same_pad depends on the size
+        padding = 1 if anchor_stride == 1 else 0  # else same_pad pads, by the size of the map
         self.conv_shared = nn.Conv2d(in_channels, channels, 3, anchor_stride, padding)
         self.conv_class = nn.Conv2d(channels, 2 * anchors_per_cell, 1)
         self.conv_bbox = nn.Conv2d(channels, 4 * anchors_per_cell, 1)
@@ -415,7 +415,7 @@ def dense(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 class Classifier(nn.Module):
     """Class scores and class-specific box deltas of rois; the fully connected layers are
-    convolutions, as in the weights' origin."""
+    convolutions, as in Matterport's model."""
 
     def __init__(self, in_channels: int, pool_size: int, channels: int, num_classes: int) -> None:
         super().__init__()
@@ -783,10 +783,10 @@ class MaskRCNN(nn.Module):
         channels = self.config.IMAGE_CHANNEL_COUNT
         depth = self.config.IMAGE_BIT_DEPTH
         images = [utils.as_uint8_image(image, channels, depth) for image in images]
-        # Only images that need the same padding go in one batch: a batch of two is two of one.
+        # Images that come to one size share a batch: so each gives what it gives alone.
         batches = defaultdict(list)
+        square = self.config.IMAGE_RESIZE_MODE == "square"
         for i, image in enumerate(images):
-            square = self.config.IMAGE_RESIZE_MODE == "square"
             batches["square" if square else image.shape].append(i)
 
         results: list[dict[str, Any]] = [{} for _ in images]
@@ -1086,8 +1086,8 @@ class MaskRCNN(nn.Module):
             train_dataset: prepared.
             val_dataset: prepared, or None. Its losses are computed after each epoch.
             learning_rate: at the beginning, see LR_SCHEDULE.
-            epochs: to have finished at the end, counted from the beginning of the run: a second
-                stage of 10 epochs after one of 20 says 30. A stage that is done returns at once.
+            epochs: the epoch to train to, counted from the beginning of the run: a second stage of
+                10 epochs after one of 20 says 30. A stage that is done returns at once.
             layers: see set_trainable.
             augmentation: of the training images, see dataset.py.
             callbacks: called with the record of each epoch, a dict as in history.jsonl; one that

@@ -87,7 +87,7 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 
 def rate_factor(step: int, steps: int, config: Config) -> float:
-    """What the learning rate of a stage is multiplied with in its step 0, 1, ... steps - 1."""
+    """The factor on the learning rate in step `step` of the `steps` of a stage, from 0."""
     factor = min(1.0, (step + 1) / (config.WARMUP_STEPS + 1))
     if config.LR_SCHEDULE == "cosine":
         factor *= (1 + math.cos(math.pi * step / steps)) / 2
@@ -100,7 +100,10 @@ def rate_factor(step: int, steps: int, config: Config) -> float:
 
 
 def endless(loader: DataLoader[Any], start: int) -> Iterator[Batch]:
-    """The batches of a run from number `start` on: one pass through the data after the other."""
+    """The batches of a run from number `start` on: one pass through the data after the other.
+
+    torch calls the passes epochs; they are not those of the run.
+    """
     length, sampler = len(loader), loader.sampler
     assert isinstance(sampler, EpochSampler)
     for number in itertools.count(start // length):
@@ -222,7 +225,7 @@ class Trainer:
 
 
 class Interrupts:
-    """Counts SIGINT and SIGTERM instead of ending the process, until the second of them."""
+    """Notes the first SIGINT or SIGTERM; the second raises KeyboardInterrupt."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

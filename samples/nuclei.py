@@ -45,7 +45,6 @@ class NucleiConfig(Config):
 
     NAME = "nuclei"
     NUM_CLASSES = 1 + 1
-    GPU_COUNT = 0
     IMAGE_MIN_DIM = 512
     IMAGE_MAX_DIM = 512
     BACKBONE = {"blocks": (2, 2, 2, 2), "width": 16}  # noqa: RUF012

@@ -38,7 +38,6 @@ class ShapesConfig(Config):
     """A network of 1.7 million parameters, all of them new."""
 
     NAME = "shapes"
-    GPU_COUNT = 0
     IMAGES_PER_GPU = 4
     NUM_CLASSES = len(CLASS_NAMES)
     IMAGE_MIN_DIM = 256
