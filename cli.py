@@ -20,6 +20,7 @@ import logging
 import math
 import re
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -78,7 +79,7 @@ def run(
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's message.
+    """The first line of an error's message, printable.
 
     An error of a worker process carries its traceback in the message: of it the last line.
     """
@@ -86,7 +87,15 @@ def one_line(error: BaseException) -> str:
     if text.startswith("Caught "):
         # The lines of a traceback are indented; those of the errors are "ValueError: ...".
         text = next(reversed(re.findall(r"^[\w.]+: (.*)", text, re.MULTILINE)), text)
-    return next(iter(text.splitlines()), "") or type(error).__name__
+    return printable(next(iter(text.splitlines()), "")) or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """A text of a file as a terminal may show it: control characters and surrogates escaped."""
+    return "".join(
+        ascii(character)[1:-1] if unicodedata.category(character) in ("Cc", "Cs") else character
+        for character in text
+    )
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import evaluation
 import image_files
 import utils
 from boxed_masks import BoxedMasks
+from cli import printable
 from coco_file import REMARKS, Columns, Content, ImageEntry, as_id, read_content
 from file_names import ImageFolder
 
@@ -56,14 +56,6 @@ class LoadSummary:
             first = ", ".join(map(str, ids[:5])) + (", ..." if len(ids) > 5 else "")
             lines.append(f"  {len(ids)} {remark}: {first}")
         return "\n".join(map(printable, lines))
-
-
-def printable(text: str) -> str:
-    """A text of a file as a terminal may show it: control characters and the like are escaped."""
-    return "".join(
-        character if unicodedata.category(character)[0] != "C" else ascii(character)[1:-1]
-        for character in text
-    )
 
 
 class Table:

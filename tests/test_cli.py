@@ -277,3 +277,15 @@ def test_the_examples_can_be_typed(monkeypatch, name):
         start = next(i for i, word in enumerate(example) if word.endswith(f"{name}.py"))
         assert example[0] in ("python", "torchrun")
         parser.parse_args(example[start + 1 :])
+
+
+def test_what_a_terminal_would_obey_is_escaped_in_errors():
+    error = ValueError("no file a\x1b[2J\ud800 \u00fc\u200d.png")
+    assert cli.one_line(error) == "no file a\\x1b[2J\\ud800 \u00fc\u200d.png"
+
+
+def test_names_have_commas_between_them():
+    assert cli.names("cat, big dog") == ["cat", "big dog"]
+    for text in ("", "cat,", "cat,cat"):
+        with pytest.raises(argparse.ArgumentTypeError, match="names with commas"):
+            cli.names(text)

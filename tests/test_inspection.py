@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from annotation_files import annotation, write
 from conftest import SHARED, TinyNetwork, needs_shared
 from test_evaluation import Squares
 
@@ -114,3 +115,63 @@ def test_the_sheet_shows_the_annotations(tmp_path):
     halves = np.split(np.abs(marked - plain).max(axis=2), [marked.shape[1] // 2], axis=1)
     assert (halves[0] > 50).mean() > 0.02  # the first image has objects,
     assert (halves[1] > 50).mean() < 0.001  # the second has none
+
+
+# --- The check before training -------------------------------------------------------------------
+
+
+def test_the_check_counts_what_will_be_trained():
+    check = inspection.check_objects(Squares(*SCENES), SMALL)
+    assert (check.warnings, check.error) == (
+        [f"1 of 5 objects are {inspection.CROWD}"],
+        "",
+    )
+    check = inspection.check_objects(Squares([(1, 5, 5, 20)], [(-2, 1, 1, 9)]), SMALL)
+    assert check.error == ""
+    lost = f"of the class 'tile' nothing is left to train on: 1 {inspection.CROWD}"
+    assert check.warnings[1:] == [lost]
+    assert inspection.check_objects(Squares([(1, 5, 5, 20)]), SMALL).warnings == [
+        "without any object: 'tile'"
+    ]
+    check = inspection.check_objects(Squares([(1, 5, 5, 0)], [(-2, 1, 1, 9)]), SMALL)
+    assert check.error.startswith("there must be objects to train on, found none in 2 images: ")
+    assert f"1 {inspection.CROWD}; 1 {inspection.NO_PIXEL}" in check.error
+    check = inspection.check_objects(Squares([], []), SMALL)
+    assert check.error.endswith("found none in 2 images: none of them has an annotation")
+
+
+def test_the_check_knows_what_the_network_cannot_see(tmp_path):
+    image = {"id": 1, "file_name": "1.png", "height": 600, "width": 800}
+    outlines = [
+        [x, 9, x + side, 9, x + side, 9 + side, x, 9 + side]
+        for x, side in ((9, 4), (50, 90), (200.1, 0.3), (900, 50))
+    ]
+    items = [annotation(i, segmentation=[outline]) for i, outline in enumerate(outlines)]
+    path = write(tmp_path, items, [image], [{"id": 7, "name": "cup"}], size=(600, 800))
+    dataset = coco.CocoDataset()
+    dataset.load_annotations(tmp_path, path)
+    dataset.prepare()
+    extents = dataset.extents(0)
+    assert extents.boxes.tolist() == [[9, 9, 13, 13], [9, 50, 99, 140], [0] * 4, [0] * 4]
+    assert extents.size == (600, 800)
+    lost = [f"2 of 4 objects are {inspection.NO_PIXEL}"]
+    config = TinyNetwork(NUM_CLASSES=2, IMAGE_MIN_DIM=64)  # 128 pixels for 800
+    assert inspection.check_objects(dataset, config).warnings == lost
+    config = TinyNetwork(NUM_CLASSES=2, IMAGE_MIN_DIM=64, IMAGE_MAX_DIM=64)
+    lost += [f"1 of 4 objects are {inspection.TOO_SMALL}"]
+    assert inspection.check_objects(dataset, config).warnings == lost
+
+
+def test_the_check_names_images_that_cannot_be_used(tmp_path):
+    path = write(tmp_path, [annotation(), annotation(2, image_id=2)])
+    (tmp_path / "2.png").write_bytes(b"no picture")
+    dataset = coco.CocoDataset()
+    dataset.load_annotations(tmp_path, path)
+    dataset.prepare()
+    check = inspection.check_objects(dataset, TinyNetwork(NUM_CLASSES=3))
+    assert check.error.startswith(f"1 images cannot be used: image custom.2 ({tmp_path}/2.png)")
+    assert check.error.endswith("--skip-unreadable")
+    skipping = TinyNetwork(NUM_CLASSES=3, SKIP_UNREADABLE_IMAGES=True)
+    check = inspection.check_objects(dataset, skipping)
+    assert check.error == ""
+    assert check.warnings[-1].startswith("1 images cannot be used")
