@@ -132,8 +132,11 @@ def test_a_damaged_archive_is_deleted(server, tmp_path):
 
 def test_a_full_disk_is_noticed_before(server, tmp_path, monkeypatch):
     server.files = whole_download()
-    usage = shutil.disk_usage(tmp_path)._replace(free=100)
-    monkeypatch.setattr(coco_download.shutil, "disk_usage", lambda path: usage)
+    usage = shutil.disk_usage(tmp_path)
+    free = iter([100, 10_000, 100])  # too little for the archive; enough; too little for its files
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=next(free)))
+    with pytest.raises(OSError, match="has 100 bytes free, .* are to come"):
+        coco_download.download(tmp_path, "val")
     with pytest.raises(OSError, match="needs 1,500 bytes for val2017, has 100; make room"):
         coco_download.download(tmp_path, "val")
     assert tree(tmp_path) == ["val2017.zip.part"]
