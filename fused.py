@@ -155,7 +155,7 @@ def _fingerprint(tensor: Tensor) -> tuple:
     """Differs whenever anything in a float32 tensor has changed, in whatever way.
 
     A small tensor is its own fingerprint. Of a large one it is the sums of its 64-bit words in
-    _COLUMNS columns, which take half a percent of a detection. Any change of one number changes a
+    _COLUMNS columns, which take a percent of a detection or so. Any change of one number changes a
     sum. Changes of several go unseen only if they cancel out within each column, whose words lie
     multiples of 33 kB apart.
     """
