@@ -20,7 +20,7 @@ import image_files
 import utils
 from boxed_masks import BoxedMasks
 from coco_dataset import LoadSummary, Remarks
-from file_names import ImageFolder
+from file_names import ImageFolder, is_below
 from outlines import Drawing, draw, ellipse, fill, pixel_box, place, rectangle
 
 logger = logging.getLogger(__name__)
@@ -252,16 +252,12 @@ def via_entries(
             missing = f"{name} ({hint})" if hint else name
             remarks[f"images dropped, no such file in {images}"].append(missing)
             continue
-        if not _is_below(path, images):
+        if not is_below(path, images):
             remarks[f"images outside of {images}"].append(name)
         regions = [(f"{name}, region {key}", region) for key, region in via_regions(content)]
         # Its bytes tell which of two images of one name it is.
         is_own = content.get("size") == path.stat().st_size
         yield Entry(name, path, regions, is_own)
-
-
-def _is_below(path: Path, folder: Path) -> bool:
-    return os.path.relpath(path, folder).split(os.sep)[0] != ".."
 
 
 def via_class(attribute: str, values: dict[str, Any]) -> str:
@@ -361,7 +357,7 @@ def labelme_entries(contents: dict[Path, dict[str, Any]], request: Request) -> I
             missing = f"{name} of {where}" + (f" ({hint})" if hint else "")
             request.remarks[f"images dropped, no such file in {request.images}"].append(missing)
             continue
-        if not _is_below(path, request.images) and not _is_below(path, root):
+        if not is_below(path, request.images) and not is_below(path, root):
             request.remarks[f"images outside of {request.images}"].append(f"{name} of {where}")
         regions = [(f"{where}, region {i}", shape) for i, shape in enumerate(content["shapes"])]
         size = content.get("imageHeight"), content.get("imageWidth")

@@ -82,15 +82,7 @@ OWN_STAGES = (("heads", 10, 1.0), ("all", 30, 0.1))
 
 def train(args: argparse.Namespace) -> None:
     """python coco.py train"""
-    # The file first: a wrong one should be noticed before the data are loaded.
-    path = model_file(args, args.BACKBONE or CocoConfig.BACKBONE)
-    # A run goes on with its own classes; the file may number them otherwise.
-    names = weights.read_options(path).get("CLASS_NAMES") if args.model == "last" and path else None
-    train_set = training_data(args, names or ())
-    val_set = validation_data(args, train_set.class_names)
-    if args.SEED is not None:
-        torch.manual_seed(args.SEED)
-    model = model_to_train(args, path, train_set).to(args.device)
+    model, train_set, val_set = model_and_data(args)
     check = check_objects(train_set, model.config)
     for line in check.warnings:
         logger.warning("%s", line)
@@ -117,6 +109,25 @@ def train(args: argparse.Namespace) -> None:
     logger.info("finished: %s", model.log_dir)
 
 
+def model_and_data(
+    args: argparse.Namespace,
+) -> tuple[modellib.MaskRCNN, utils.Dataset, utils.Dataset | None]:
+    """What to train, what on, and what to evaluate on if that is given.
+
+    A function of its own, so that training does not keep the weight file's content in memory.
+    """
+    # The file first: a wrong one should be noticed before the data are loaded.
+    path = model_file(args, args.BACKBONE or CocoConfig.BACKBONE)
+    file = None if path is None else weights.read_state_dict(path)
+    # A run goes on with its own classes; the file may number them otherwise.
+    names = weights.read_options(file).get("CLASS_NAMES") if args.model == "last" and file else None
+    train_set = training_data(args, names or ())
+    val_set = validation_data(args, train_set.class_names)
+    if args.SEED is not None:
+        torch.manual_seed(args.SEED)
+    return model_to_train(args, file, train_set).to(args.device), train_set, val_set
+
+
 def keep_some(
     args: argparse.Namespace, dataset: utils.Dataset, seed: int
 ) -> tuple[utils.Dataset, utils.Dataset | None]:
@@ -141,25 +152,24 @@ def stages(args: argparse.Namespace, rate: float) -> list[tuple[str, int, float]
 
 
 def model_to_train(
-    args: argparse.Namespace, path: Path | None, dataset: utils.Dataset
+    args: argparse.Namespace, file: weights.WeightFile | None, dataset: utils.Dataset
 ) -> modellib.MaskRCNN:
     """A model for the classes of the data set, with the weights that --model asks for."""
     options = config_options(args)
     options |= {"NUM_CLASSES": dataset.num_classes, "CLASS_NAMES": dataset.class_names}
-    if path is None:
+    if file is None:
         return modellib.MaskRCNN(CocoConfig(**options), args.logs)
     if args.model == "imagenet":
         config = CocoConfig(**options)
-        return modellib.MaskRCNN.from_weights(path, config, model_dir=args.logs)
+        return modellib.MaskRCNN.from_weights(file, config, model_dir=args.logs)
 
-    file = weights.read_state_dict(path)
     known = weights.read_options(file)
     names = known.get("CLASS_NAMES") or (CLASS_NAMES if args.model == "coco" else None)
     same = known["NUM_CLASSES"] == dataset.num_classes and names in (None, dataset.class_names)
     if args.model == "last" and not same:
         raise ValueError(
-            f"the data set must have the classes of {path}, {names or known['NUM_CLASSES']},"
-            f" got {dataset.class_names}; start a new run from it with --model={path}"
+            f"the data set must have the classes of {file.path}, {names or known['NUM_CLASSES']},"
+            f" got {dataset.class_names}; start a new run from it with --model={file.path}"
         )
     if not same:
         logger.info("other classes than the file's: %s start anew", ", ".join(CLASS_LAYERS))

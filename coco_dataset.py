@@ -23,9 +23,6 @@ logger = logging.getLogger(__name__)
 
 Remarks = dict[str, list[Any]]
 
-# Pixels that an image may be said to have without a look at its file.
-MAX_PIXELS = 1_000_000_000
-
 
 @dataclass
 class LoadSummary:
@@ -749,7 +746,7 @@ def usable_size(entry: ImageEntry, path: Path) -> tuple[int, int] | None:
         isinstance(height, int)
         and isinstance(width, int)
         and min(height, width) > 0
-        and height * width <= MAX_PIXELS
+        and height * width <= image_files.MAX_PIXELS
     ):
         return height, width
     try:
@@ -782,11 +779,13 @@ def usable_annotations(
     table = Table(columns, [], np.frombuffer(columns.boxes).reshape(-1, 4), find_bounds(columns))
     open_ = np.ones(count, dtype=bool)
 
-    def drop(text: str, which: np.ndarray) -> None:
-        which = which & open_
-        if which.any():
+    def say(text: str, which: np.ndarray) -> None:
+        if (which := which & open_).any():
             remarks[f"annotations {text}"] += map(columns.name, np.flatnonzero(which).tolist())
-            open_[which] = False
+
+    def drop(text: str, which: np.ndarray) -> None:
+        say(text, which)
+        open_[which] = False
 
     drop("dropped, no such image", owners == UNKNOWN)
     drop("dropped, several images have the id of theirs", owners == AMBIGUOUS)
@@ -802,11 +801,6 @@ def usable_annotations(
     far = np.abs(table.bounds).max(axis=1, initial=0)
     drop("dropped, outline far outside of the image", ~(far < 10 * sizes.max(axis=1)))
     drop("dropped, outline far longer than around the image", too_long(table, sizes))
-
-    def say(text: str, which: np.ndarray) -> None:
-        which = which & open_
-        if which.any():
-            remarks[f"annotations {text}"] += map(columns.name, np.flatnonzero(which).tolist())
 
     for code, text in enumerate(REMARKS):
         if text and not text.startswith("dropped"):

@@ -211,9 +211,7 @@ def read_run_lengths(rle: dict[str, Any]) -> RunLengths:
             raise ValueError("run lengths must be whole numbers")
         counts = exact.astype(np.int64)
     counts = utils.run_lengths({"size": (height, width), "counts": counts})
-    edges = np.cumsum(counts)
-    starts, ends = edges[:-1:2], edges[1::2]
-    starts, ends = starts[starts < ends], ends[starts < ends]
+    starts, ends = utils.set_runs(counts)
     bounds = (0, 0, 0, 0)
     if len(starts):
         left, right = int(starts[0]) // height, -(-int(ends[-1]) // height)

@@ -9,6 +9,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 
+def is_below(path: str | Path, folder: str | Path) -> bool:
+    """Whether a path, as it stands, is that of something in a folder."""
+    return os.path.relpath(path, folder).split(os.sep)[0] != ".."
+
+
 class ImageFolder:
     """A folder of images, and which of its files a name in an annotation file stands for.
 
@@ -63,7 +68,7 @@ class ImageFolder:
         name = name.replace("\\", "/")
         if ".." not in name and not os.path.isabs(name):
             return False
-        return os.path.relpath(os.path.join(self.path, name), self.path).split(os.sep)[0] == ".."
+        return not is_below(os.path.join(self.path, name), self.path)
 
     def _exact(self, name: str) -> Path | None:
         path = os.path.join(self.path, name)

@@ -595,9 +595,7 @@ def rle_decode_part(rle: dict[str, Any]) -> tuple[tuple[int, int, int, int], np.
     where nothing is set.
     """
     height, _ = rle["size"]
-    edges = np.cumsum(run_lengths(rle))
-    starts, ends = edges[:-1:2], edges[1::2]
-    starts, ends = starts[starts < ends], ends[starts < ends]
+    starts, ends = set_runs(run_lengths(rle))
     if len(starts) == 0:
         return (0, 0, 0, 0), np.zeros((0, 0), dtype=bool)
     x1, x2 = int(starts[0]) // height, -(-int(ends[-1]) // height)
@@ -608,6 +606,13 @@ def rle_decode_part(rle: dict[str, Any]) -> tuple[tuple[int, int, int, int], np.
     rows = np.flatnonzero(columns.any(axis=0))
     y1, y2 = int(rows[0]), int(rows[-1]) + 1
     return (y1, x1, y2, x2), np.ascontiguousarray(columns[:, y1:y2].T)
+
+
+def set_runs(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where the runs of set pixels start and end, column by column, of what run_lengths returns."""
+    edges = np.cumsum(counts)
+    starts, ends = edges[:-1:2], edges[1::2]
+    return starts[starts < ends], ends[starts < ends]
 
 
 def run_lengths(rle: dict[str, Any]) -> np.ndarray:

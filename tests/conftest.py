@@ -1,12 +1,15 @@
-"""What several test files share: the reference's numbers, its weights, and quiet plotting."""
+"""What several test files share: the reference's numbers, models, zip files, quiet plotting."""
 
 import functools
+import io
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from keras_weights import write_h5
+from tiny_weights import tiny
 
 from config import Config
 
@@ -62,6 +65,26 @@ def load_golden(name: str, folder: Path = DATA) -> dict[str, np.ndarray]:
     """
     with np.load(folder / name) as file:
         return dict(file)
+
+
+def zipped(**members):
+    """The bytes of a zip file with these contents by name."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def source():
+    """A small model of random weights; `target` is one of others, to load them into."""
+    return tiny(seed=1)
+
+
+@pytest.fixture
+def target():
+    return tiny(seed=2)
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,11 @@
 """The download of MS COCO, from a server that does not behave."""
 
 import http.server
-import io
 import shutil
 import threading
-import zipfile
 
 import pytest
+from conftest import zipped
 
 import coco
 import coco_download
@@ -43,14 +42,6 @@ def server(monkeypatch):
     server.shutdown()
     server.server_close()
     thread.join()
-
-
-def zipped(**files):
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as file:
-        for name, content in files.items():
-            file.writestr(name, content)
-    return buffer.getvalue()
 
 
 IMAGES = "/zips/val2017.zip"

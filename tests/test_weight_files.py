@@ -1,7 +1,6 @@
 """What weight files hold, and files that are damaged, hostile, or no weight files at all."""
 
 import gzip
-import io
 import math
 import pickle
 import subprocess
@@ -15,22 +14,12 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT
+from conftest import ROOT, zipped
 from tiny_weights import LAYERS, assert_state, copy_of, keras_arrays, tiny, write_keras
 
 import weights
 from downloads import printable
 from model import MaskRCNN
-
-
-@pytest.fixture
-def source():
-    return tiny(seed=1)
-
-
-@pytest.fixture
-def target():
-    return tiny(seed=2)
 
 
 def refused(path, message):
@@ -499,14 +488,6 @@ def test_damaged_safetensors(tmp_path, source, share):
 
 
 # --- What is taken for weights -------------------------------------------------------------------
-
-
-def zipped(**members):
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    return buffer.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -25,16 +25,6 @@ from model import MaskRCNN
 KEYS_FILE = Path(__file__).parent / "data" / "state_dict_keys.txt"
 
 
-@pytest.fixture
-def source():
-    return tiny(seed=1)
-
-
-@pytest.fixture
-def target():
-    return tiny(seed=2)
-
-
 # Keras
 
 
