@@ -34,59 +34,111 @@ class Config:
     IMAGES_PER_GPU: int = 2
 
     # ---------------------------------------------------------------- input images
-    # none   no resizing: sides must be multiples of 64
+    # none   no resizing: sides must be multiples of IMAGE_SIZE_DIVISOR
     # square scale to IMAGE_MIN_DIM / IMAGE_MAX_DIM, pad to IMAGE_MAX_DIM x IMAGE_MAX_DIM
     # pad64  scale up to IMAGE_MIN_DIM / IMAGE_MIN_SCALE, pad both sides to multiples of 64
     # crop   training only: scale up, then a random IMAGE_MIN_DIM x IMAGE_MIN_DIM crop
+    # shortest_edge  scale, up or down, to IMAGE_MIN_DIM for the shorter side and at most
+    #        IMAGE_MAX_DIM for the longer; pad below and to the right, with MEAN_PIXEL, to
+    #        multiples of IMAGE_SIZE_DIVISOR
     IMAGE_RESIZE_MODE: str = "square"
     # The shorter side is scaled up to at least IMAGE_MIN_DIM, unless that makes the longer
     # one exceed IMAGE_MAX_DIM, which wins in mode "square". None: do not scale.
     IMAGE_MIN_DIM: int | None = 800
     IMAGE_MAX_DIM: int | None = 1024
+    # Sides of the network input are multiples of it: 64, P6's stride, or 32.
+    IMAGE_SIZE_DIVISOR: int = 64
+    # In mode "shortest_edge": "pillow" resizes as Pillow does, bilinear over all pixels that a new
+    # one covers, rounded to whole numbers; "float" takes the four nearest pixels and rounds nothing.
+    IMAGE_INTERPOLATION: str = "pillow"
+    # ... and whether the scaled sides are rounded to the "nearest" pixel or to the "floor".
+    IMAGE_SIDE_ROUNDING: str = "nearest"
     # Least scale factor, e.g. 2 to see small objects; IMAGE_MAX_DIM wins in mode "square".
     IMAGE_MIN_SCALE: float = 0
     # Colour channels: 3 RGB, 1 grey, 4 RGB-D, ...; MEAN_PIXEL needs as many numbers.
     IMAGE_CHANNEL_COUNT: int = 3
     MEAN_PIXEL: Sequence[float] = (123.7, 116.8, 103.9)
+    # What pixels are divided by once MEAN_PIXEL is subtracted, a number per channel; None: nothing.
+    STD_PIXEL: Sequence[float] | None = None
     # How values of more than 8 bits become 0..255. None: all that 16 bits can hold. 8 to 16: only
     # so many bits are used, e.g. 12 of a camera's. "auto": from the image's 0.1st to its 99.9th
     # percentile, each image for itself.
     IMAGE_BIT_DEPTH: int | str | None = None
 
     # ---------------------------------------------------------------- backbone and pyramid
-    # "resnet50", "resnet101", a dict for other depths and widths of the same network, e.g.
-    # {"blocks": (2, 2, 2, 2), "width": 32}, or a callable that is given the config and returns
-    # five modules C1..C5, each fed with the output of the one before.
+    # "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d"; a dict for other
+    # depths and widths of the same network, e.g. {"blocks": (2, 2, 2, 2), "width": 32}, and with
+    # "groups" and "width_per_group" of a ResNeXt; or a callable that is given the config and
+    # returns five modules C1..C5, each fed with the output of the one before.
     BACKBONE: str | dict | Callable = "resnet101"
     # For a callable BACKBONE whose map sizes are not ceil(image / BACKBONE_STRIDES): given
     # (height, width) of the network input it returns five (height, width), P2 to P6.
     COMPUTE_BACKBONE_SHAPE: Callable | None = None
-    # Whose pretrained ResNet this is; load_weights changes the model to that of the file. "keras"
-    # has the stride of a stage in its first 1x1 convolution, BatchNorm eps 1e-3 and inputs minus
-    # MEAN_PIXEL; "torchvision" has it in the 3x3 convolution, eps 1e-5, and inputs scaled by
-    # torchvision's own mean and std.
-    BACKBONE_STYLE: str = "keras"
+    # What a pretrained ResNet wants, besides MEAN_PIXEL and STD_PIXEL. load_weights sets all five in
+    # the model, as the file needs them; here is where a new model starts.
+    # Whether the first block of C3, C4 and C5 has its stride in the 1x1 convolution or in the 3x3.
+    STRIDE_IN_1X1: bool = True
+    # What BatchNorm adds to the variance.
+    BATCH_NORM_EPS: float = 1e-3
+    # Border of the pooling after C1's convolution: "same" as TensorFlow, an odd pixel on the far
+    # side; "symmetric", a pixel on all sides.
+    STEM_POOL_PADDING: str = "same"
     # Channels of P2..P6, and of the mask head.
     TOP_DOWN_PYRAMID_SIZE: int = 256
+    # Whether the pyramid's convolutions have a BatchNorm.
+    FPN_BATCH_NORM: bool = False
     # Where load_weights("imagenet") reads; None finds or downloads torchvision's file.
     IMAGENET_MODEL_PATH: str | None = None
 
     # ---------------------------------------------------------------- region proposals
-    # Channels of the convolution that the RPN's two outputs share.
+    # Channels and number of the 3x3 convolutions that the RPN's two outputs share.
     RPN_CHANNELS: int = 512
+    RPN_CONV_LAYERS: int = 1
+    # What ranks anchors: "softmax", the probability from two logits, background and foreground;
+    # "sigmoid", that from one; "logit", the one itself, which tells apart what rounds to 1.
+    RPN_SCORE: str = "softmax"
     # Sides of the square anchor of each pyramid level, and width / height of its variants.
     RPN_ANCHOR_SCALES: Sequence[float] = (32, 64, 128, 256, 512)
     RPN_ANCHOR_RATIOS: Sequence[float] = (0.5, 1, 2)
     # 1: anchors in each cell of a feature map, 2: in every other one.
     RPN_ANCHOR_STRIDE: int = 1
+    # Whether the corners of an anchor around 0 are rounded to whole pixels.
+    RPN_ANCHOR_ROUNDING: bool = False
+    # Pixels from one anchor to the next: "stride", that of the level; "grid", the side of the input
+    # over that of the map, rounded down, which is less on maps that hang over the edge.
+    RPN_ANCHOR_SPACING: str = "stride"
     # What deltas are divided by, so that the network learns numbers around 1.
     RPN_BBOX_STD_DEV: Sequence[float] = (0.1, 0.1, 0.2, 0.2)
+    # The largest log(dh) and log(dw), of the heads too: beyond it boxes grow no more. None: no limit.
+    BBOX_LOG_SCALE_LIMIT: float | None = None
     # Anchors that non-maximum suppression begins with, the best by score; the IoU from which on the
-    # lesser of two goes; and how many proposals it leaves.
+    # lesser of two goes; and how many proposals it leaves. RPN_PER_LEVEL: PRE_NMS_LIMIT anchors of
+    # each pyramid level, and only those of one level compete.
+    RPN_PER_LEVEL: bool = False
     PRE_NMS_LIMIT: int = 6000
     RPN_NMS_THRESHOLD: float = 0.7
     POST_NMS_ROIS_TRAINING: int = 2000
     POST_NMS_ROIS_INFERENCE: int = 1000
+    # Proposals end at the edge of the image, or (False) at that of the padded network input.
+    CLIP_TO_IMAGE: bool = False
+    # Proposals and detections whose sides do not exceed these are dropped before they compete, in
+    # units of BOX_FRAME. None: all are kept.
+    RPN_MIN_SIZE: float | None = None
+    DETECTION_MIN_SIZE: float | None = None
+
+    # ---------------------------------------------------------------- boxes and rois
+    # Coordinates of proposals and detections: "unit", Matterport's, network pixels scaled so that 0
+    # and 1 are the corner pixels' centres; "pixel", network pixels, where an image of W pixels
+    # goes from 0 to W, and detections keep their fractions.
+    BOX_FRAME: str = "unit"
+    # "crop_and_resize", TensorFlow's, one sample per bin; or "roi_align", ROI_SAMPLING_RATIO samples
+    # per bin and axis (0: as many as its cells) in boxes shifted by half a cell (ROI_ALIGNED) or not.
+    ROI_ALIGN: str = "crop_and_resize"
+    ROI_SAMPLING_RATIO: int = 0
+    ROI_ALIGNED: bool = True
+    # A roi is cropped from level floor(4 + log2(side / 224) + this), 2 to 5: 0.5 rounds to the
+    # nearest level, as Matterport; 0 is the paper's rule.
+    ROI_LEVEL_OFFSET: float = 0.5
 
     # ---------------------------------------------------------------- heads and detections
     # Classes, background included.
@@ -97,8 +149,16 @@ class Config:
     # Sides of the crops that the classifier and the mask head see.
     POOL_SIZE: int = 7
     MASK_POOL_SIZE: int = 14
-    # Channels of the classifier's two hidden layers.
+    # The classifier's 3x3 convolutions of TOP_DOWN_PYRAMID_SIZE channels, the fully connected layers
+    # after them, 1 or 2, and the channels of those.
+    CLASSIFIER_CONV_LAYERS: int = 0
+    CLASSIFIER_FC_LAYERS: int = 2
     FPN_CLASSIF_FC_LAYERS_SIZE: int = 1024
+    # Whether the heads' convolutions, and their fully connected layers, have a BatchNorm, and what
+    # that and the pyramid's add to the variance.
+    HEAD_CONV_BATCH_NORM: bool = True
+    HEAD_FC_BATCH_NORM: bool = True
+    HEAD_BATCH_NORM_EPS: float = 1e-3
     # As RPN_BBOX_STD_DEV, for the classifier.
     BBOX_STD_DEV: Sequence[float] = (0.1, 0.1, 0.2, 0.2)
     # Most detections of an image, their least score, and the IoU above which the lesser of two of a
@@ -110,6 +170,10 @@ class Config:
     # is the background. True, as the paper: of each class that has DETECTION_MIN_CONFIDENCE, which
     # finds more where that is low, and raises AP a bit.
     DETECTION_PER_CLASS: bool = False
+    # How a mask comes into the image: "rounded", resized to the box in whole pixels; "expanded",
+    # torchvision's, with a border of a mask pixel around it and corners cut to whole pixels;
+    # "sampled", detectron2's, read at the centre of each pixel of the image.
+    MASK_PASTE: str = "rounded"
     # True: detection in float32 on a CPU folds BatchNorm into the convolutions, and computes those
     # of 3 x 3 after the ResNet with a quarter of the multiplications; the largest difference of a
     # layer is about 3e-6 of its largest output. False: as in training.
@@ -251,6 +315,10 @@ class Config:
             "max_dim": self.IMAGE_MAX_DIM,
             "min_scale": self.IMAGE_MIN_SCALE,
             "mode": self.IMAGE_RESIZE_MODE,
+            "divisor": self.IMAGE_SIZE_DIVISOR,
+            "interpolation": self.IMAGE_INTERPOLATION,
+            "side_rounding": self.IMAGE_SIDE_ROUNDING,
+            "padding_value": self.MEAN_PIXEL,
         }
 
     def backbone_shapes(self, image_shape: Sequence[int]) -> list[tuple[int, int]]:
@@ -261,14 +329,22 @@ class Config:
         height, width = image_shape[:2]
         return [(math.ceil(height / s), math.ceil(width / s)) for s in self.BACKBONE_STRIDES]
 
+    def anchor_strides(self, image_shape: Sequence[int]) -> list[tuple[int, int]]:
+        """Network pixels from one cell of P2..P6 to the next, down and across."""
+        if self.RPN_ANCHOR_SPACING == "stride":
+            return [(stride, stride) for stride in self.BACKBONE_STRIDES]
+        height, width = image_shape[:2]
+        return [(height // h, width // w) for h, w in self.backbone_shapes(image_shape)]
+
     def anchor_options(self, image_shape: Sequence[int]) -> dict[str, Any]:
         """Arguments of utils.generate_pyramid_anchors, for a network input of (height, width)."""
         return {
             "scales": self.RPN_ANCHOR_SCALES,
             "ratios": self.RPN_ANCHOR_RATIOS,
             "feature_shapes": self.backbone_shapes(image_shape),
-            "feature_strides": self.BACKBONE_STRIDES,
+            "feature_strides": self.anchor_strides(image_shape),
             "anchor_stride": self.RPN_ANCHOR_STRIDE,
+            "rounding": self.RPN_ANCHOR_ROUNDING,
         }
 
     def option(self, name: str) -> Any:
@@ -318,44 +394,59 @@ class Config:
                     raise ValueError(f"{name} must be {rule.expectation}, got {value!r:.200}")
 
     def _validate_image(self) -> None:
-        modes = ("none", "square", "pad64", "crop")
+        modes = ("none", "square", "pad64", "crop", "shortest_edge")
         mode = self.IMAGE_RESIZE_MODE
         if mode not in modes:
             raise ValueError(f"IMAGE_RESIZE_MODE must be one of {', '.join(modes)}, got {mode!r}")
         name = {"square": "IMAGE_MAX_DIM", "crop": "IMAGE_MIN_DIM"}.get(mode)
         if name is not None:
             side = getattr(self, name)
-            if side is None or not are_network_sides(side):
+            if side is None or not are_network_sides(64, side):
                 below = max(64, (side or 0) // 64 * 64)
                 raise ValueError(
                     f"{name} must be a multiple of 64 in mode {mode!r}, got {side};"
                     f" use {below} or {below + 64}"
                 )
         smallest, largest = self.IMAGE_MIN_DIM, self.IMAGE_MAX_DIM
-        if mode == "square" and smallest is not None and largest is not None and smallest > largest:
+        if mode == "shortest_edge" and (smallest is None or largest is None):
+            raise ValueError(
+                "IMAGE_MIN_DIM and IMAGE_MAX_DIM must be numbers in mode 'shortest_edge', got"
+                f" {smallest} and {largest}"
+            )
+        if (
+            mode in ("square", "shortest_edge")
+            and smallest is not None
+            and largest is not None
+            and smallest > largest
+        ):
             raise ValueError(
                 f"IMAGE_MIN_DIM must not exceed IMAGE_MAX_DIM, got {smallest} and {largest}"
             )
-        if len(self.MEAN_PIXEL) != self.IMAGE_CHANNEL_COUNT:
-            raise ValueError(
-                f"MEAN_PIXEL must have one number per channel: IMAGE_CHANNEL_COUNT is"
-                f" {self.IMAGE_CHANNEL_COUNT}, got {len(self.MEAN_PIXEL)} numbers"
-            )
+        for option in ("MEAN_PIXEL", "STD_PIXEL"):
+            numbers = getattr(self, option)
+            if numbers is not None and len(numbers) != self.IMAGE_CHANNEL_COUNT:
+                raise ValueError(
+                    f"{option} must have one number per channel: IMAGE_CHANNEL_COUNT is"
+                    f" {self.IMAGE_CHANNEL_COUNT}, got {len(numbers)} numbers"
+                )
 
     def _validate_network(self) -> None:
         if isinstance(self.BACKBONE, dict):
-            blocks, width = self.BACKBONE.get("blocks"), self.BACKBONE.get("width")
-            numbers = [*blocks, width] if isinstance(blocks, Sequence) else []
+            sizes = dict(self.BACKBONE)
+            blocks = sizes.pop("blocks", None)
+            numbers = [*blocks, *sizes.values()] if isinstance(blocks, Sequence) else []
             whole = all(isinstance(number, int) and 1 <= number <= 1000 for number in numbers)
-            if set(self.BACKBONE) != {"blocks", "width"} or len(numbers) != 5 or not whole:
+            known = {"width"} <= sizes.keys() <= {"width", "groups", "width_per_group"}
+            if not known or len(numbers) != 4 + len(sizes) or not whole:
                 raise ValueError(
                     "BACKBONE as a dict must be {'blocks': (four numbers in 1..1000), 'width':"
-                    f" channels of C1 in 1..1000}}, got {self.BACKBONE!r:.200}"
+                    " channels of C1 in 1..1000}, and may have 'groups' and 'width_per_group', got"
+                    f" {self.BACKBONE!r:.200}"
                 )
-        elif self.BACKBONE not in ("resnet50", "resnet101") and not callable(self.BACKBONE):
+        elif not (self.BACKBONE in RESNETS or callable(self.BACKBONE)):
             raise ValueError(
-                "BACKBONE must be 'resnet50', 'resnet101', a dict such as {'blocks': (2, 2, 2, 2),"
-                f" 'width': 32}} or a callable, got {self.BACKBONE!r}"
+                f"BACKBONE must be one of {', '.join(RESNETS)}, a dict such as {{'blocks':"
+                f" (2, 2, 2, 2), 'width': 32}} or a callable, got {self.BACKBONE!r}"
             )
         if self.CLASS_NAMES is not None and len(self.CLASS_NAMES) != self.NUM_CLASSES:
             raise ValueError(
@@ -367,16 +458,30 @@ class Config:
                 "RPN_NEGATIVE_IOU must not exceed RPN_POSITIVE_IOU, got"
                 f" {self.RPN_NEGATIVE_IOU} and {self.RPN_POSITIVE_IOU}"
             )
-        if self.BACKBONE_STYLE == "torchvision" and self.IMAGE_CHANNEL_COUNT != 3:
-            raise ValueError(
-                "BACKBONE_STYLE 'torchvision' needs IMAGE_CHANNEL_COUNT 3,"
-                f" got {self.IMAGE_CHANNEL_COUNT}"
-            )
 
 
-def are_network_sides(*sides: int) -> bool:
-    """Whether these may be sides of a network input: multiples of P6's stride, 64."""
-    return all(side > 0 and side % 64 == 0 for side in sides)
+# Blocks of C2 to C5, groups and width per group of the networks that have a name.
+RESNETS: dict[str, dict[str, Any]] = {
+    "resnet50": {"blocks": (3, 4, 6, 3), "width": 64},
+    "resnet101": {"blocks": (3, 4, 23, 3), "width": 64},
+    "resnet152": {"blocks": (3, 8, 36, 3), "width": 64},
+    "resnext50_32x4d": {"blocks": (3, 4, 6, 3), "width": 64, "groups": 32, "width_per_group": 4},
+    "resnext101_32x8d": {"blocks": (3, 4, 23, 3), "width": 64, "groups": 32, "width_per_group": 8},
+}
+
+# What load_weights sets in a model, as the ResNet of the file needs it.
+BACKBONE_OPTIONS = (
+    "MEAN_PIXEL",
+    "STD_PIXEL",
+    "STRIDE_IN_1X1",
+    "BATCH_NORM_EPS",
+    "STEM_POOL_PADDING",
+)
+
+
+def are_network_sides(divisor: int, *sides: int) -> bool:
+    """Whether these may be sides of a network input: multiples of IMAGE_SIZE_DIVISOR."""
+    return all(side > 0 and side % divisor == 0 for side in sides)
 
 
 def _whole(least: int, most: float = math.inf) -> Callable[[Any], bool]:
@@ -449,7 +554,8 @@ RULES = (
     Rule("IMAGE_MIN_SCALE", "in 0..100", lambda v: 0 <= v <= 100),
     Rule(
         "TRAIN_BN USE_RPN_ROIS USE_MINI_MASK COMPILE DETECTION_PER_CLASS CPU_WINOGRAD"
-        " SKIP_EMPTY_IMAGES SKIP_UNREADABLE_IMAGES",
+        " SKIP_EMPTY_IMAGES SKIP_UNREADABLE_IMAGES STRIDE_IN_1X1 FPN_BATCH_NORM RPN_PER_LEVEL"
+        " RPN_ANCHOR_ROUNDING CLIP_TO_IMAGE ROI_ALIGNED HEAD_CONV_BATCH_NORM HEAD_FC_BATCH_NORM",
         "True or False",
         _one_of(True, False),
     ),
@@ -457,7 +563,35 @@ RULES = (
     Rule("LR_SCHEDULE", "'constant', 'cosine' or 'step'", _one_of("constant", "cosine", "step")),
     Rule("LR_STEPS", "numbers between 0 and 1", lambda v: all(0 < n < 1 for n in v)),
     Rule("AMP", "'bf16', 'fp16' or None", _one_of("bf16", "fp16", None)),
-    Rule("BACKBONE_STYLE", "'keras' or 'torchvision'", _one_of("keras", "torchvision")),
+    Rule("IMAGE_SIZE_DIVISOR", "32 or 64", _one_of(32, 64)),
+    Rule("IMAGE_INTERPOLATION", "'pillow' or 'float'", _one_of("pillow", "float")),
+    Rule("IMAGE_SIDE_ROUNDING", "'nearest' or 'floor'", _one_of("nearest", "floor")),
+    Rule("STEM_POOL_PADDING", "'same' or 'symmetric'", _one_of("same", "symmetric")),
+    Rule("RPN_SCORE", "'softmax', 'sigmoid' or 'logit'", _one_of("softmax", "sigmoid", "logit")),
+    Rule("RPN_ANCHOR_SPACING", "'stride' or 'grid'", _one_of("stride", "grid")),
+    Rule("BOX_FRAME", "'unit' or 'pixel'", _one_of("unit", "pixel")),
+    Rule(
+        "ROI_ALIGN",
+        "'crop_and_resize' or 'roi_align'",
+        _one_of("crop_and_resize", "roi_align"),
+    ),
+    Rule(
+        "MASK_PASTE",
+        "'rounded', 'expanded' or 'sampled'",
+        _one_of("rounded", "expanded", "sampled"),
+    ),
+    Rule("ROI_SAMPLING_RATIO", "a whole number in 0..16", _whole(0, 16)),
+    Rule("ROI_LEVEL_OFFSET", "in -4..4", lambda v: -4 <= v <= 4),
+    Rule("RPN_CONV_LAYERS", "a whole number in 1..16", _whole(1, 16)),
+    Rule("CLASSIFIER_CONV_LAYERS", "a whole number in 0..16", _whole(0, 16)),
+    Rule("CLASSIFIER_FC_LAYERS", "1 or 2", _one_of(1, 2)),
+    Rule("BATCH_NORM_EPS HEAD_BATCH_NORM_EPS", "in 0..1", lambda v: 0 <= v <= 1),
+    Rule(
+        "BBOX_LOG_SCALE_LIMIT RPN_MIN_SIZE DETECTION_MIN_SIZE",
+        "0 or more and finite, or None",
+        _or_none(lambda v: 0 <= v < math.inf),
+    ),
+    Rule("STD_PIXEL", "a number above 0 per channel, or None", _or_none(_all_positive)),
     Rule(
         "IMAGE_BIT_DEPTH",
         "a whole number from 8 to 16, 'auto' or None",
@@ -498,6 +632,7 @@ RULES = (
 
 # Options of Matterport's and the port's Config, and what took their place.
 REPLACED = {
+    "BACKBONE_STYLE": "STRIDE_IN_1X1, BATCH_NORM_EPS, STEM_POOL_PADDING, MEAN_PIXEL and STD_PIXEL",
     "IMAGE_PADDING": "IMAGE_RESIZE_MODE",
     "BACKBONE_SHAPES": "COMPUTE_BACKBONE_SHAPE",
     "IMAGE_META_SIZE": "nothing: there is no image_meta",
