@@ -90,7 +90,7 @@ class BoxedMasks:
 
     def resize(
         self,
-        scale: float,
+        scale: float | tuple[float, float],
         padding: Sequence[tuple[int, int]],
         crop: tuple[int, int, int, int] | None = None,
     ) -> "BoxedMasks":

@@ -48,8 +48,8 @@ class Config:
     IMAGE_MAX_DIM: int | None = 1024
     # Sides of the network input are multiples of it: 64, P6's stride, or 32.
     IMAGE_SIZE_DIVISOR: int = 64
-    # In mode "shortest_edge": "pillow" resizes as Pillow does, bilinear over all pixels that a new
-    # one covers, rounded to whole numbers; "float" takes the four nearest pixels and rounds nothing.
+    # In mode "shortest_edge": "pillow", bilinear over all pixels that a new one covers, rounded to
+    # whole numbers; "float", bilinear between the four nearest pixels, not rounded.
     IMAGE_INTERPOLATION: str = "pillow"
     # ... and whether the scaled sides are rounded to the "nearest" pixel or to the "floor".
     IMAGE_SIDE_ROUNDING: str = "nearest"
@@ -74,8 +74,8 @@ class Config:
     # For a callable BACKBONE whose map sizes are not ceil(image / BACKBONE_STRIDES): given
     # (height, width) of the network input it returns five (height, width), P2 to P6.
     COMPUTE_BACKBONE_SHAPE: Callable | None = None
-    # What a pretrained ResNet wants, besides MEAN_PIXEL and STD_PIXEL. load_weights sets all five in
-    # the model, as the file needs them; here is where a new model starts.
+    # What a pretrained ResNet wants, besides MEAN_PIXEL and STD_PIXEL. load_weights sets all five
+    # in the model, as the file needs them; here is where a new model starts.
     # Whether the first block of C3, C4 and C5 has its stride in the 1x1 convolution or in the 3x3.
     STRIDE_IN_1X1: bool = True
     # What BatchNorm adds to the variance.
@@ -109,7 +109,7 @@ class Config:
     RPN_ANCHOR_SPACING: str = "stride"
     # What deltas are divided by, so that the network learns numbers around 1.
     RPN_BBOX_STD_DEV: Sequence[float] = (0.1, 0.1, 0.2, 0.2)
-    # The largest log(dh) and log(dw), of the heads too: beyond it boxes grow no more. None: no limit.
+    # The largest log(dh) and log(dw), of the heads too; larger ones count as it. None: no limit.
     BBOX_LOG_SCALE_LIMIT: float | None = None
     # Anchors that non-maximum suppression begins with, the best by score; the IoU from which on the
     # lesser of two goes; and how many proposals it leaves. RPN_PER_LEVEL: PRE_NMS_LIMIT anchors of
@@ -122,17 +122,14 @@ class Config:
     # Proposals end at the edge of the image, or (False) at that of the padded network input.
     CLIP_TO_IMAGE: bool = False
     # Proposals and detections whose sides do not exceed these are dropped before they compete, in
-    # units of BOX_FRAME. None: all are kept.
+    # units of the BOX_FRAME. None: all are kept.
     RPN_MIN_SIZE: float | None = None
     DETECTION_MIN_SIZE: float | None = None
 
-    # ---------------------------------------------------------------- boxes and rois
-    # Coordinates of proposals and detections: "unit", Matterport's, network pixels scaled so that 0
-    # and 1 are the corner pixels' centres; "pixel", network pixels, where an image of W pixels
-    # goes from 0 to W, and detections keep their fractions.
-    BOX_FRAME: str = "unit"
-    # "crop_and_resize", TensorFlow's, one sample per bin; or "roi_align", ROI_SAMPLING_RATIO samples
-    # per bin and axis (0: as many as its cells) in boxes shifted by half a cell (ROI_ALIGNED) or not.
+    # ---------------------------------------------------------------- rois
+    # "crop_and_resize", Matterport's: one sample per bin, the outer ones in the corners of the box,
+    # which is in the unit frame. "roi_align": ROI_SAMPLING_RATIO samples per bin and axis (0: as
+    # many as it has cells) in a box of network pixels, shifted by half a cell (ROI_ALIGNED) or not.
     ROI_ALIGN: str = "crop_and_resize"
     ROI_SAMPLING_RATIO: int = 0
     ROI_ALIGNED: bool = True
@@ -149,8 +146,8 @@ class Config:
     # Sides of the crops that the classifier and the mask head see.
     POOL_SIZE: int = 7
     MASK_POOL_SIZE: int = 14
-    # The classifier's 3x3 convolutions of TOP_DOWN_PYRAMID_SIZE channels, the fully connected layers
-    # after them, 1 or 2, and the channels of those.
+    # The classifier's 3x3 convolutions of TOP_DOWN_PYRAMID_SIZE channels, the fully connected
+    # layers after them, 1 or 2, and the channels of those.
     CLASSIFIER_CONV_LAYERS: int = 0
     CLASSIFIER_FC_LAYERS: int = 2
     FPN_CLASSIF_FC_LAYERS_SIZE: int = 1024
@@ -303,6 +300,11 @@ class Config:
         return (4, 8, 16, 32, 64)
 
     @property
+    def BOX_FRAME(self) -> str:
+        """Frame of proposals and detections: "unit", or "pixel", network pixels; see utils."""
+        return "unit" if self.ROI_ALIGN == "crop_and_resize" else "pixel"
+
+    @property
     def MASK_SHAPE(self) -> tuple[int, int]:
         """Height and width of a mask that the network gives."""
         return (2 * self.MASK_POOL_SIZE, 2 * self.MASK_POOL_SIZE)
@@ -318,8 +320,13 @@ class Config:
             "divisor": self.IMAGE_SIZE_DIVISOR,
             "interpolation": self.IMAGE_INTERPOLATION,
             "side_rounding": self.IMAGE_SIDE_ROUNDING,
-            "padding_value": self.MEAN_PIXEL,
+            "padding_value": self.padding_value,
         }
+
+    @property
+    def padding_value(self) -> Sequence[float] | None:
+        """What images are padded with, a number per channel; None for zeros."""
+        return self.MEAN_PIXEL if self.IMAGE_RESIZE_MODE == "shortest_edge" else None
 
     def backbone_shapes(self, image_shape: Sequence[int]) -> list[tuple[int, int]]:
         """Sizes of P2..P6 for a network input of (height, width, ...) pixels."""
@@ -569,7 +576,6 @@ RULES = (
     Rule("STEM_POOL_PADDING", "'same' or 'symmetric'", _one_of("same", "symmetric")),
     Rule("RPN_SCORE", "'softmax', 'sigmoid' or 'logit'", _one_of("softmax", "sigmoid", "logit")),
     Rule("RPN_ANCHOR_SPACING", "'stride' or 'grid'", _one_of("stride", "grid")),
-    Rule("BOX_FRAME", "'unit' or 'pixel'", _one_of("unit", "pixel")),
     Rule(
         "ROI_ALIGN",
         "'crop_and_resize' or 'roi_align'",
@@ -642,6 +648,7 @@ _DERIVED = {
     "BATCH_SIZE": "IMAGES_PER_GPU and GPU_COUNT",
     "IMAGE_SHAPE": "IMAGE_RESIZE_MODE and IMAGE_MAX_DIM or IMAGE_MIN_DIM",
     "BACKBONE_STRIDES": "the network, whose strides are 4, 8, 16, 32 and 64",
+    "BOX_FRAME": "ROI_ALIGN",
     "MASK_SHAPE": "MASK_POOL_SIZE, of which it is twice",
 }
 

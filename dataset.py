@@ -6,6 +6,7 @@ for images, targets in make_loader(train, config, shuffle=True):
 """
 
 import copy
+import functools
 import itertools
 import logging
 import os
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 # The annotations of an image as tensors, see TorchDataset.
 Target = dict[str, Any]
-# Images [B, C, H, W] uint8 and a target for each.
+# Images [B, C, H, W], see TorchDataset, and a target for each.
 Batch = tuple[Tensor, list[Target]]
 
 
@@ -69,12 +70,14 @@ class _PackedList(Sequence[Any]):
 class TorchDataset(torch.utils.data.Dataset[tuple[Tensor, Target]]):
     """Images and instances of a utils.Dataset as tensors, resized as the config says.
 
-    Item i is (image, target) of image i: image [C, H, W] uint8, and target a dict of
+    Item i is (image, target) of image i: image [C, H, W] uint8, or float32 in the mode
+    "shortest_edge", and target a dict of
         class_ids: [N] int64; negative is a crowd.
         boxes: [N, (y1, x1, y2, x2)] float32, network pixels, tight around the masks.
         masks: [N, h, w] bool, the part in the box at MINI_MASK_SHAPE; without USE_MINI_MASK
             [N, H, W] bool.
         active_class_ids: [K] bool, the classes that the image's source annotates.
+        window: [4] float32, network pixels, the part of the image that is not padding.
         image_id: int, of the utils.Dataset, see describe().
     What is left to chance depends on (config.SEED, epoch, i) alone.
 
@@ -151,7 +154,7 @@ class TorchDataset(torch.utils.data.Dataset[tuple[Tensor, Target]]):
         try:
             if self.augmentation is not None:
                 image, masks = augment(self.augmentation, image, masks, rng)
-            image, _, scale, padding, crop = utils.resize_to_network(image, config, rng)
+            image, window, scale, padding, crop = utils.resize_to_network(image, config, rng)
         except Exception as error:  # whatever a user's augmentation stumbles over
             raise ValueError(f"image {self.describe(image_id)}: {error!r}") from error
         if not isinstance(masks, BoxedMasks):
@@ -172,6 +175,7 @@ class TorchDataset(torch.utils.data.Dataset[tuple[Tensor, Target]]):
             "boxes": torch.from_numpy(boxes),
             "masks": _planes(planes),
             "active_class_ids": torch.from_numpy(active),
+            "window": torch.tensor(window, dtype=torch.float32),
             "image_id": image_id,
         }
 
@@ -227,14 +231,19 @@ def _planes(array: np.ndarray) -> Tensor:
 # --- Batches -------------------------------------------------------------------------------------
 
 
-def collate(items: Sequence[tuple[Tensor, Target]]) -> Batch:
+def collate(
+    items: Sequence[tuple[Tensor, Target]], padding_value: Sequence[float] | None = None
+) -> Batch:
     """A batch of the items of TorchDataset, as MaskRCNN.forward takes it.
 
-    Images of several sizes are padded with zeros below and to the right, so that boxes stay right;
-    full masks are padded alike.
+    Images of several sizes are padded below and to the right, so that boxes stay right; full masks
+    are padded alike.
+
+    Args:
+        padding_value: a number per channel; None for zeros.
 
     Returns:
-        images [B, C, H, W] uint8, and the targets.
+        images [B, C, H, W], and the targets.
     """
     images = [image for image, _ in items]
     targets = [target for _, target in items]
@@ -248,7 +257,11 @@ def collate(items: Sequence[tuple[Tensor, Target]]) -> Batch:
         # images are of several.
         if all(target["masks"].shape[1:] == image.shape[1:] for image, target in items):
             targets = [{**target, "masks": pad(target["masks"])} for target in targets]
-        images = [pad(image) for image in images]
+        canvas = images[0].new_empty(len(images), len(images[0]), height, width)
+        canvas[:] = canvas.new_tensor(padding_value or 0).view(-1, 1, 1)
+        for plane, image in zip(canvas, images, strict=True):
+            plane[:, : image.shape[1], : image.shape[2]] = image
+        return canvas, targets
     return torch.stack(images), targets
 
 
@@ -256,11 +269,14 @@ def check_batch(
     images: Tensor, targets: Sequence[Mapping[str, Any]] | None, config: Config
 ) -> None:
     """Raises TypeError or ValueError unless MaskRCNN.forward can use images and targets."""
-    _check_tensor("images", images, torch.uint8, ("B", config.IMAGE_CHANNEL_COUNT, "H", "W"))
+    floats = isinstance(images, Tensor) and images.dtype == torch.float32
+    dtype = torch.float32 if floats else torch.uint8
+    _check_tensor("images", images, dtype, ("B", config.IMAGE_CHANNEL_COUNT, "H", "W"))
     height, width = images.shape[2:]
-    if len(images) == 0 or not are_network_sides(height, width):
+    if len(images) == 0 or not are_network_sides(config.IMAGE_SIZE_DIVISOR, height, width):
         raise ValueError(
-            f"images must be one or more with sides that are multiples of 64, got shape"
+            f"images must be one or more with sides that are multiples of"
+            f" {config.IMAGE_SIZE_DIVISOR}, got shape"
             f" {list(images.shape)}; resize them with utils.resize_image"
         )
     if targets is None:
@@ -359,7 +375,7 @@ def make_loader(
         batch_size=config.IMAGES_PER_GPU,
         sampler=sampler,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=functools.partial(collate, padding_value=config.padding_value),
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_set_signals,
         # Seeds the workers' global generators, and leaves that of the training alone.

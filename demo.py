@@ -78,15 +78,17 @@ def draw_stages(
     """Detects in one image; the result as of detect(masks="rle"), and a picture of each stage."""
     molded, windows = model.mold_inputs([image])
     prediction = model.predict(molded, windows)
-    result = modellib.unmold_detections(prediction, 0, image.shape, windows[0], "rle")
+    result = modellib.unmold_detections(prediction, 0, image.shape, windows[0], "rle", model.config)
 
     def pixels(boxes: torch.Tensor) -> np.ndarray:
-        return modellib.unmold_boxes(boxes, windows[0], image.shape).cpu().numpy()
+        return modellib.unmold_boxes(boxes, windows[0], image.shape, model.config).cpu().numpy()
 
     rpn, proposals, detections = prediction.rpn, prediction.proposals, prediction.detections
-    best = (rpn.logits[0, :, 1] - rpn.logits[0, :, 0]).sort(descending=True).indices[:100]
+    # Of two logits the foreground's comes last, and counts above the background's.
+    ranks = rpn.logits[0, :, -1] - (rpn.logits[0, :, 0] if rpn.logits.shape[2] == 2 else 0)
+    best = ranks.sort(descending=True).indices[:100]
     anchors = model.get_anchors(molded.shape[2:])[best]
-    refined = modellib.refine_anchors(anchors, rpn.deltas[0, best], model.config)
+    refined = modellib.refine_anchors(anchors, rpn.deltas[0, best], windows[0], model.config)
     boxes, rois = pixels(detections.boxes), pixels(proposals.boxes[detections.roi_index])
     class_ids, scores = detections.class_ids.cpu().numpy(), detections.scores.cpu().numpy()
     mask_probs, shown = prediction.mask_probs.cpu().numpy(), utils.as_uint8_image(image)

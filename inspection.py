@@ -98,7 +98,8 @@ def _faults(dataset: Any) -> list[str]:
 
 def _scale(config: Config, size: Sequence[int]) -> float:
     """Network pixels per pixel of an image of this size."""
-    return utils.resize_to_network(np.empty((*size, 0), np.uint8), config).scale
+    scale = utils.resize_to_network(np.empty((*size, 0), np.uint8), config).scale
+    return float(np.mean(scale))
 
 
 def _judge(
@@ -248,7 +249,8 @@ def _network_boxes(
     resized = utils.resize_to_network(np.empty((*size, 0), np.uint8), config)
     height, width = resized.image.shape[:2]
     corner = resized.window[:2] if resized.crop is None else [-n for n in resized.crop[:2]]
-    boxes = utils.clip_boxes(boxes * resized.scale + np.tile(corner, 2), (0, 0, height, width))
+    scale = np.tile(np.broadcast_to(resized.scale, 2), 2)
+    boxes = utils.clip_boxes(boxes * scale + np.tile(corner, 2), (0, 0, height, width))
     return boxes[(boxes[:, 2:] > boxes[:, :2]).all(axis=1)], (height, width)
 
 

@@ -27,11 +27,15 @@ def rpn_class_loss(match: Tensor, logits: Tensor) -> Tensor:
 
     Args:
         match: [S] or [B, A] int8, see RPNTargets.
-        logits: [S, 2] or [B, A, 2] background, foreground.
+        logits: [S, 2] or [B, A, 2] background, foreground; or the foreground's alone, [..., 1].
     """
     judged = match != 0
-    target = (match[judged] > 0).long()
-    return mean(F.cross_entropy(logits[judged].float(), target, reduction="sum"), len(target))
+    target, logits = match[judged] > 0, logits[judged].float()
+    if logits.shape[1] == 1:
+        total = F.binary_cross_entropy_with_logits(logits[:, 0], target.float(), reduction="sum")
+    else:
+        total = F.cross_entropy(logits, target.long(), reduction="sum")
+    return mean(total, len(target))
 
 
 def smooth_l1_loss(target: Tensor, deltas: Tensor) -> Tensor:

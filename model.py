@@ -2,18 +2,21 @@
 
 Top-down in the order of the data: ResNet, feature pyramid, region proposals, RoIAlign, the two
 heads, detections, and `MaskRCNN`, which ties them together; targets.py and losses.py are for
-training. The arithmetic is that of Matterport's Keras model, so that its published weights give its
-detections. "The port" is multimodallearning/pytorch-mask-rcnn, whose state_dict keys these are.
+training. By default the arithmetic is that of Matterport's Keras model, so that its published
+weights give its detections; options change it to that of other libraries, see presets.py.
+"The port" is multimodallearning/pytorch-mask-rcnn, whose state_dict keys these are.
 
 Letters in shapes: B images, A anchors of an image, R rois of the batch, N detections, K classes,
 C channels, H W image, h w feature map, P pooled size, M mask size.
 Frames of boxes (y1, x1, y2, x2): image (pixels of the user's image), network (pixels of the padded
 network input) and unit (network pixels scaled so that 0 and 1 are the corner pixels of the input;
-see utils.norm_boxes).
+see utils.norm_boxes). BOX_FRAME stands for the unit frame or, with ROI_ALIGN "roi_align", for
+network pixels.
 """
 
 import contextlib
 import copy
+import itertools
 import logging
 import math
 import re
@@ -34,7 +37,7 @@ import training
 import utils
 import weights
 from augmentation import Augmentation
-from config import Config
+from config import BACKBONE_OPTIONS, RESNETS, Config
 from dataset import check_batch
 from fused import convolve
 from losses import (
@@ -45,7 +48,7 @@ from losses import (
     rpn_class_loss,
 )
 from nms import batched_nms, nms
-from roialign import crop_and_resize
+from roialign import crop_and_resize, roi_align
 from targets import RoiTargets, RPNTargets, build_rpn_targets, sample_rois
 
 logger = logging.getLogger(__name__)
@@ -54,21 +57,21 @@ logger = logging.getLogger(__name__)
 class RPNOutput(NamedTuple):
     """What the region proposal network says of each anchor of each image."""
 
-    logits: Tensor  # [B, A, 2] background, foreground
+    logits: Tensor  # [B, A, 2] background, foreground; [B, A, 1] unless RPN_SCORE is "softmax"
     deltas: Tensor  # [B, A, 4] dy, dx, log(dh), log(dw) in units of RPN_BBOX_STD_DEV
 
 
 class Rois(NamedTuple):
     """Boxes of all images of a batch in one list, images in ascending order."""
 
-    boxes: Tensor  # [R, 4] unit frame
+    boxes: Tensor  # [R, 4] the BOX_FRAME
     image_index: Tensor  # [R] int64
 
 
 class Detections(NamedTuple):
     """Final boxes of all images of a batch: images ascending, then scores descending."""
 
-    boxes: Tensor  # [N, 4] unit frame
+    boxes: Tensor  # [N, 4] the BOX_FRAME
     class_ids: Tensor  # [N] int64
     scores: Tensor  # [N]
     image_index: Tensor  # [N] int64
@@ -90,16 +93,12 @@ class Prediction(NamedTuple):
 #  ResNet (He et al. 2015, arXiv:1512.03385)
 ############################################################
 
-BLOCKS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
-TORCHVISION_MEAN = (123.675, 116.28, 103.53)
-TORCHVISION_STD = (58.395, 57.12, 57.375)
-
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm with the constants of Keras and the state_dict keys of the port."""
+    """BatchNorm with the momentum of Keras and the state_dict keys of the port."""
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, eps=0.001, momentum=0.01)
+    def __init__(self, channels: int, eps: float = 0.001) -> None:
+        super().__init__(channels, eps=eps, momentum=0.01)
         # The port's files are older than this buffer, and a fixed momentum has no use for it.
         self.num_batches_tracked = None
 
@@ -110,20 +109,25 @@ class BatchNorm2d(nn.BatchNorm2d):
 class Convolution(nn.Sequential):
     """A convolution and, if there is one, its BatchNorm."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
         modules: list[Any] = list(self)
-        return convolve(modules[0], x, *modules[1:])
+        conv, norm = modules if len(modules) == 2 else (modules[0], None)
+        return convolve(conv, x, norm, relu)
 
 
 class Bottleneck(nn.Module):
-    """1 x 1, 3 x 3 and 1 x 1 convolution around a shortcut; four times `width` channels out."""
+    """1 x 1, 3 x 3 and 1 x 1 convolution around a shortcut.
 
-    def __init__(self, in_channels: int, width: int, stride: int = 1) -> None:
+    Where the stride is belongs to the weights, see MaskRCNN.set_backbone.
+    """
+
+    def __init__(
+        self, in_channels: int, width: int, out_channels: int, stride: int = 1, groups: int = 1
+    ) -> None:
         super().__init__()
-        out_channels = 4 * width
         self.conv1 = nn.Conv2d(in_channels, width, 1, stride=stride)
         self.bn1 = BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, groups=groups)
         self.bn2 = BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, out_channels, 1)
         self.bn3 = BatchNorm2d(out_channels)
@@ -141,16 +145,24 @@ class Bottleneck(nn.Module):
 
 
 class StemPool(nn.MaxPool2d):
-    """The 3 x 3 pooling of stride 2 after conv1; see MaskRCNN.set_backbone_style for its border."""
+    """The 3 x 3 pooling of stride 2 after conv1; see MaskRCNN.set_backbone for its border."""
 
 
-def resnet(blocks: Sequence[int], width: int = 64, in_channels: int = 3) -> list[nn.Module]:
-    """The stages C1..C5 of a ResNet with bottleneck blocks.
+def resnet(
+    blocks: Sequence[int],
+    width: int = 64,
+    in_channels: int = 3,
+    groups: int = 1,
+    width_per_group: int = 64,
+) -> list[nn.Module]:
+    """The stages C1..C5 of a ResNet or ResNeXt with bottleneck blocks.
 
     Args:
         blocks: blocks in C2, C3, C4 and C5.
         width: channels of C1; C2..C5 have 4, 8, 16 and 32 times as many.
         in_channels: channels of the image.
+        groups: of the 3 x 3 convolutions (ResNeXt, arXiv:1611.05431).
+        width_per_group: channels of each group in C2, where width is 64.
 
     Returns:
         Five modules, to be applied one after the other, of stride 4, 1, 2, 2 and 2.
@@ -167,9 +179,11 @@ def resnet(blocks: Sequence[int], width: int = 64, in_channels: int = 3) -> list
     channels = width
     for stage, count in enumerate(blocks):
         stage_width = width * 2**stage
+        inner = stage_width * width_per_group // 64 * groups
         layers = []
         for block in range(count):
-            layers.append(Bottleneck(channels, stage_width, 2 if stage > 0 and block == 0 else 1))
+            stride = 2 if stage > 0 and block == 0 else 1
+            layers.append(Bottleneck(channels, inner, 4 * stage_width, stride, groups))
             channels = 4 * stage_width
         stages.append(nn.Sequential(*layers))
     return stages
@@ -179,7 +193,7 @@ def build_backbone(config: Config) -> list[nn.Module]:
     """C1..C5 as config.BACKBONE asks."""
     backbone = config.option("BACKBONE")
     if isinstance(backbone, str):
-        return resnet(BLOCKS[backbone], in_channels=config.IMAGE_CHANNEL_COUNT)
+        backbone = RESNETS[backbone]
     if isinstance(backbone, dict):
         return resnet(**backbone, in_channels=config.IMAGE_CHANNEL_COUNT)
     stages = list(backbone(config))
@@ -198,24 +212,28 @@ class FPN(nn.Module):
 
     Args:
         stages: the modules C1..C5; C2..C5 must have the strides 4, 8, 16 and 32.
-        in_channels: channels of the image.
-        out_channels: channels of P2..P6.
+        config: channels of the image and of P2..P6, and whether the latter have a BatchNorm.
     """
 
-    def __init__(self, stages: Sequence[nn.Module], in_channels: int, out_channels: int) -> None:
+    def __init__(self, stages: Sequence[nn.Module], config: Config) -> None:
         super().__init__()
         self.C1, self.C2, self.C3, self.C4, self.C5 = stages
-        c2, c3, c4, c5 = self._channels(in_channels)
+        c2, c3, c4, c5 = self._channels(config.IMAGE_CHANNEL_COUNT)
+        channels = config.TOP_DOWN_PYRAMID_SIZE
 
-        def smooth() -> nn.Module:
+        def norm() -> BatchNorm2d | None:
+            eps = config.HEAD_BATCH_NORM_EPS
+            return BatchNorm2d(channels, eps) if config.FPN_BATCH_NORM else None
+
+        def smooth() -> Convolution:
             # The port: a padding layer came first, hence the key P2_conv2.1.weight.
-            conv = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-            return Convolution(OrderedDict({"1": conv}))
+            layers = {"1": nn.Conv2d(channels, channels, 3, padding=1), "2": norm()}
+            return Convolution(OrderedDict({k: v for k, v in layers.items() if v is not None}))
 
-        self.P5_conv1, self.P5_conv2 = nn.Conv2d(c5, out_channels, 1), smooth()
-        self.P4_conv1, self.P4_conv2 = nn.Conv2d(c4, out_channels, 1), smooth()
-        self.P3_conv1, self.P3_conv2 = nn.Conv2d(c3, out_channels, 1), smooth()
-        self.P2_conv1, self.P2_conv2 = nn.Conv2d(c2, out_channels, 1), smooth()
+        self.P5_conv1, self.P5_bn1, self.P5_conv2 = nn.Conv2d(c5, channels, 1), norm(), smooth()
+        self.P4_conv1, self.P4_bn1, self.P4_conv2 = nn.Conv2d(c4, channels, 1), norm(), smooth()
+        self.P3_conv1, self.P3_bn1, self.P3_conv2 = nn.Conv2d(c3, channels, 1), norm(), smooth()
+        self.P2_conv1, self.P2_bn1, self.P2_conv2 = nn.Conv2d(c2, channels, 1), norm(), smooth()
 
     @torch.no_grad()
     def _channels(self, in_channels: int) -> list[int]:
@@ -237,21 +255,17 @@ class FPN(nn.Module):
         return c2, c3, c4, self.C5(c4)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """P2..P6 of normalised images [B, C, H, W], whose sides are multiples of 64."""
+        """P2..P6 of normalised images [B, C, H, W], whose sides are multiples of 32."""
         c2, c3, c4, c5 = self.bottom_up(images)
-        p5 = convolve(self.P5_conv1, c5)
-        p4 = self._merge(self.P4_conv1, c4, p5)
-        p3 = self._merge(self.P3_conv1, c3, p4)
-        p2 = self._merge(self.P2_conv1, c2, p3)
+        p5 = convolve(self.P5_conv1, c5, self.P5_bn1)
+        p4 = convolve(self.P4_conv1, c4, self.P4_bn1, add=F.interpolate(p5, scale_factor=2.0))
+        p3 = convolve(self.P3_conv1, c3, self.P3_bn1, add=F.interpolate(p4, scale_factor=2.0))
+        p2 = convolve(self.P2_conv1, c2, self.P2_bn1, add=F.interpolate(p3, scale_factor=2.0))
         del c2, c3, c4, c5
         p2, p3 = self.P2_conv2(p2), self.P3_conv2(p3)
         p4, p5 = self.P4_conv2(p4), self.P5_conv2(p5)
         p6 = p5[:, :, ::2, ::2]  # for the largest anchors only
         return p2, p3, p4, p5, p6
-
-    @staticmethod
-    def _merge(lateral: nn.Conv2d, c: Tensor, above: Tensor) -> Tensor:
-        return convolve(lateral, c, add=F.interpolate(above, scale_factor=2.0))
 
 
 ############################################################
@@ -260,38 +274,45 @@ class FPN(nn.Module):
 
 
 class RPN(nn.Module):
-    """Region proposal network, applied to one pyramid level at a time.
+    """Region proposal network, applied to one pyramid level at a time."""
 
-    Args:
-        in_channels: channels of the pyramid.
-        channels: channels of the shared 3 x 3 convolution.
-        anchors_per_cell: number of anchor ratios.
-        anchor_stride: 1 for anchors in each cell of the map, 2 for every other one, ...
-    """
-
-    def __init__(
-        self, in_channels: int, channels: int, anchors_per_cell: int, anchor_stride: int
-    ) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        padding = 1 if anchor_stride == 1 else 0  # else same_pad pads, by the size of the map
-        self.conv_shared = nn.Conv2d(in_channels, channels, 3, anchor_stride, padding)
-        self.conv_class = nn.Conv2d(channels, 2 * anchors_per_cell, 1)
-        self.conv_bbox = nn.Conv2d(channels, 4 * anchors_per_cell, 1)
+        channels, stride = config.RPN_CHANNELS, config.RPN_ANCHOR_STRIDE
+        in_channels = config.TOP_DOWN_PYRAMID_SIZE
+        self.anchors_per_cell = len(config.RPN_ANCHOR_RATIOS)
+        for layer in range(config.RPN_CONV_LAYERS):
+            last = layer == config.RPN_CONV_LAYERS - 1
+            strided = last and stride > 1  # then same_pad pads, by the size of the map
+            conv = nn.Conv2d(in_channels, channels, 3, stride if last else 1, 0 if strided else 1)
+            name = f"conv_shared{layer + 1}" if layer else "conv_shared"
+            self.add_module(name, conv)
+            in_channels = channels
+        logits = 2 if config.RPN_SCORE == "softmax" else 1
+        self.conv_class = nn.Conv2d(channels, logits * self.anchors_per_cell, 1)
+        self.conv_bbox = nn.Conv2d(channels, 4 * self.anchors_per_cell, 1)
+
+    def shared(self) -> list[nn.Conv2d]:
+        """The convolutions before the two outputs."""
+        layers: Any = dict(self.named_children())
+        return [layers[name] for name in layers if name.startswith("conv_shared")]
 
     def forward(self, x: Tensor) -> RPNOutput:
         """Logits and deltas of the anchors of a map [B, C, h, w], in the order of the anchors."""
-        conv = self.conv_shared
-        x = convolve(conv, x if conv.stride == (1, 1) else same_pad(x, conv), relu=True)
-        batch = x.shape[0]
+        for conv in self.shared():
+            x = convolve(conv, x if conv.stride == (1, 1) else same_pad(x, conv), relu=True)
+        batch, anchors = x.shape[0], self.anchors_per_cell
+        logits = convolve(self.conv_class, x).permute(0, 2, 3, 1)
+        deltas = convolve(self.conv_bbox, x).permute(0, 2, 3, 1)
         return RPNOutput(
-            convolve(self.conv_class, x).permute(0, 2, 3, 1).reshape(batch, -1, 2),
-            convolve(self.conv_bbox, x).permute(0, 2, 3, 1).reshape(batch, -1, 4),
+            logits.reshape(batch, -1, self.conv_class.out_channels // anchors),
+            deltas.reshape(batch, -1, 4),
         )
 
     def at(
         self, features: Sequence[Tensor], image_index: Tensor, anchor_index: Tensor
     ) -> RPNOutput:
-        """Logits [S, 2] and deltas [S, 4] of some anchors of P2..P6, for the losses.
+        """Logits [S, 1 or 2] and deltas [S, 4] of some anchors of P2..P6, for the losses.
 
         A gradient through forward would pass all cells of the maps, nearly all of it zeros: a
         quarter of the work of a training step.
@@ -301,7 +322,10 @@ class RPN(nn.Module):
             image_index: [S] int64.
             anchor_index: [S] int64, as in the output of forward for all levels in turn.
         """
-        conv, ratios = self.conv_shared, self.conv_class.out_channels // 2
+        *hidden, conv = self.shared()
+        for layer in hidden:
+            features = [F.relu(layer(feature)) for feature in features]
+        ratios = self.anchors_per_cell
         ratio, cells = anchor_index % ratios, anchor_index // ratios
         (size, _), (stride, _) = conv.kernel_size, conv.stride
         reach = torch.arange(size, device=cells.device)
@@ -323,7 +347,7 @@ class RPN(nn.Module):
         x = F.relu(F.conv2d(patches.permute(0, 3, 1, 2), conv.weight, conv.bias), inplace=True)
         rows = torch.arange(len(cells), device=cells.device)
         return RPNOutput(
-            self.conv_class(x).view(-1, ratios, 2)[rows, ratio],
+            self.conv_class(x).view(len(x), ratios, -1)[rows, ratio],
             self.conv_bbox(x).view(-1, ratios, 4)[rows, ratio],
         )
 
@@ -337,33 +361,62 @@ def same_pad(x: Tensor, conv: nn.Conv2d) -> Tensor:
     return F.pad(x, padding)
 
 
-def refine_anchors(anchors: Tensor, deltas: Tensor, config: Config) -> Tensor:
-    """Anchors [N, 4], unit frame, moved by their RPN deltas [N, 4] and clipped to the input."""
+def refine_anchors(anchors: Tensor, deltas: Tensor, region: Tensor, config: Config) -> Tensor:
+    """Anchors [N, 4], the BOX_FRAME, moved by RPN deltas [N, 4] and clipped to a region [4]."""
     std_dev = anchors.new_tensor(config.RPN_BBOX_STD_DEV)
-    boxes = utils.apply_box_deltas(anchors, deltas * std_dev)
-    return utils.clip_boxes(boxes, (0.0, 0.0, 1.0, 1.0))
+    boxes = utils.apply_box_deltas(anchors, deltas * std_dev, config.BBOX_LOG_SCALE_LIMIT)
+    return utils.clip_boxes(boxes, region)
 
 
 @torch.no_grad()
-def proposal_layer(rpn: RPNOutput, anchors: Tensor, count: int, config: Config) -> Rois:
+def proposal_layer(
+    rpn: RPNOutput,
+    anchors: Tensor,
+    regions: Tensor,
+    level_sizes: Sequence[int],
+    count: int,
+    config: Config,
+) -> Rois:
     """The anchors of highest foreground score, refined, clipped and without near duplicates.
 
     Args:
         rpn: the output for all levels.
-        anchors: [A, 4] float32, unit frame.
+        anchors: [A, 4] float32, the BOX_FRAME.
+        regions: [B, 4] the BOX_FRAME, to which the proposals of each image are clipped.
+        level_sizes: anchors of each level.
         count: proposals to keep per image.
     """
-    scores = rpn.logits.float().softmax(dim=2)[:, :, 1]
-    limit = min(config.PRE_NMS_LIMIT, anchors.shape[0])
+    logits = rpn.logits.float()
+    ranks = logits.softmax(dim=2)[:, :, 1] if config.RPN_SCORE == "softmax" else logits[:, :, 0]
+    scores = ranks.sigmoid() if config.RPN_SCORE == "sigmoid" else ranks
+    rivals = level_sizes if config.RPN_PER_LEVEL else [len(anchors)]
     boxes, image_index = [], []
-    for image, image_scores in enumerate(scores):
-        # In anchor order, since nms sorts by score itself and breaks ties by position.
-        top = image_scores.topk(limit, sorted=False).indices.sort().values
-        refined = refine_anchors(anchors[top], rpn.deltas[image, top], config)
-        keep = nms(refined, image_scores[top], config.RPN_NMS_THRESHOLD)[:count]
-        boxes.append(refined[keep])
-        image_index.append(torch.full_like(keep, image))
+    for image, region in enumerate(regions):
+        kept, kept_scores = [], []
+        for start, level_ranks in zip(
+            itertools.accumulate(rivals, initial=0), ranks[image].split(list(rivals)), strict=False
+        ):
+            limit = min(config.PRE_NMS_LIMIT, len(level_ranks))
+            top = level_ranks.topk(limit, sorted=False).indices.sort().values
+            # By rank, then in anchor order: nms breaks ties of scores by position.
+            top = start + top[level_ranks[top].argsort(descending=True, stable=True)]
+            refined = refine_anchors(anchors[top], rpn.deltas[image, top], region, config)
+            large = are_larger(refined, config.RPN_MIN_SIZE)
+            refined, level_scores = refined[large], scores[image, top[large]]
+            keep = nms(refined, level_scores, config.RPN_NMS_THRESHOLD)[:count]
+            kept.append(refined[keep])
+            kept_scores.append(level_scores[keep])
+        best = torch.cat(kept_scores).argsort(descending=True, stable=True)[:count]
+        boxes.append(torch.cat(kept)[best])
+        image_index.append(torch.full_like(best, image))
     return Rois(torch.cat(boxes), torch.cat(image_index))
+
+
+def are_larger(boxes: Tensor, size: float | None) -> Tensor:
+    """Which boxes [N, 4] have sides above size, [N] bool; all if it is None."""
+    if size is None:
+        return torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
+    return (boxes[:, 2:] - boxes[:, :2] > size).all(dim=1)
 
 
 ############################################################
@@ -372,9 +425,13 @@ def proposal_layer(rpn: RPNOutput, anchors: Tensor, count: int, config: Config) 
 
 
 def pyramid_roi_align(
-    features: Sequence[Tensor], rois: Rois, pool_size: int, image_shape: Sequence[int]
+    features: Sequence[Tensor],
+    rois: Rois,
+    pool_size: int,
+    image_shape: Sequence[int],
+    config: Config,
 ) -> Tensor:
-    """Crops each roi from the pyramid level that suits its size.
+    """Crops each roi from the pyramid level that suits its size, as ROI_ALIGN says.
 
     Args:
         features: P2..P5, each [B, C, h, w].
@@ -385,21 +442,31 @@ def pyramid_roi_align(
     Returns:
         [R, C, P, P], in the order of the rois.
 
-    Source: FPN paper, equation 1; one bilinear sample per bin as in tf.image.crop_and_resize.
+    Source: FPN paper, equation 1.
     """
-    # A box may end at the border, 1.0. Rounding must not carry its last sample beyond, where the
-    # crop is 0: which boxes lose a row or column that way would depend on their last bits.
-    boxes = rois.boxes.detach().clamp(max=1 - 2**-22)
+    boxes = rois.boxes.detach()
+    unit = config.BOX_FRAME == "unit"
+    if unit:
+        # A box may end at the border, 1.0. Rounding must not carry its last sample beyond, where
+        # the crop is 0: which boxes lose a row or column that way would depend on their last bits.
+        boxes = boxes.clamp(max=1 - 2**-22)
     height, width = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     # A box of 224 x 224 pixels belongs to P4. log(0) = -inf is clamped to P2.
-    scale = 224.0 / math.sqrt(image_shape[0] * image_shape[1])
-    levels = (4 + ((height * width).sqrt() / scale).log2().round()).clamp(2, 5)
+    scale = 224.0 / math.sqrt(image_shape[0] * image_shape[1]) if unit else 224.0
+    levels = 4 + ((height * width).sqrt() / scale).log2() + config.ROI_LEVEL_OFFSET
+    levels = levels.floor().clamp(2, 5)
     boxes = boxes.to(torch.promote_types(boxes.dtype, features[0].dtype))
     pooled = boxes.new_empty(len(boxes), features[0].shape[1], pool_size, pool_size)
     for level, feature in enumerate(features, start=2):
         members = (levels == level).nonzero()[:, 0]
-        index = rois.image_index[members]
-        pooled[members] = crop_and_resize(feature, boxes[members], index, pool_size, pool_size)
+        some, index = boxes[members], rois.image_index[members]
+        if unit:
+            pooled[members] = crop_and_resize(feature, some, index, pool_size, pool_size)
+        else:
+            cells, samples = some / 2**level, config.ROI_SAMPLING_RATIO
+            pooled[members] = roi_align(
+                feature, cells, index, pool_size, pool_size, samples, config.ROI_ALIGNED
+            )
     return pooled
 
 
@@ -408,32 +475,57 @@ def pyramid_roi_align(
 ############################################################
 
 
-def dense(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """A convolution whose kernel covers all of x [R, C, P, P], as the matrix product it is."""
-    return F.linear(x.flatten(1), conv.weight.flatten(1), conv.bias)[:, :, None, None]
+def dense(conv: nn.Conv2d, x: Tensor, norm: nn.Module | None) -> Tensor:
+    """ReLU, after BatchNorm if there is one, of a convolution whose kernel covers all of x.
+
+    Computed as the matrix product it is, of x [R, C, P, P].
+    """
+    x = F.linear(x.flatten(1), conv.weight.flatten(1), conv.bias)[:, :, None, None]
+    return F.relu(x if norm is None else norm(x))
+
+
+def conv_norm(config: Config) -> list[BatchNorm2d]:
+    """The BatchNorm of a convolution of the heads, if they have one."""
+    channels, eps = config.TOP_DOWN_PYRAMID_SIZE, config.HEAD_BATCH_NORM_EPS
+    return [BatchNorm2d(channels, eps)] if config.HEAD_CONV_BATCH_NORM else []
 
 
 class Classifier(nn.Module):
-    """Class scores and class-specific box deltas of rois; the fully connected layers are
-    convolutions, as in Matterport's model."""
+    """Class scores and class-specific box deltas of rois.
 
-    def __init__(self, in_channels: int, pool_size: int, channels: int, num_classes: int) -> None:
+    The fully connected layers are convolutions, as in Matterport's model.
+    """
+
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        self.pool_size = pool_size
-        self.conv1 = nn.Conv2d(in_channels, channels, pool_size)
-        self.bn1 = BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 1)
-        self.bn2 = BatchNorm2d(channels)
-        self.linear_class = nn.Linear(channels, num_classes)
-        self.linear_bbox = nn.Linear(channels, 4 * num_classes)
+        self.config = config
+        pyramid, channels = config.TOP_DOWN_PYRAMID_SIZE, config.FPN_CLASSIF_FC_LAYERS_SIZE
+        self.convs = nn.ModuleList(
+            Convolution(nn.Conv2d(pyramid, pyramid, 3, padding=1), *conv_norm(config))
+            for _ in range(config.CLASSIFIER_CONV_LAYERS)
+        )
+
+        def norm() -> BatchNorm2d | None:
+            eps = config.HEAD_BATCH_NORM_EPS
+            return BatchNorm2d(channels, eps) if config.HEAD_FC_BATCH_NORM else None
+
+        self.conv1, self.bn1 = nn.Conv2d(pyramid, channels, config.POOL_SIZE), norm()
+        self.conv2: nn.Conv2d | None = None
+        if config.CLASSIFIER_FC_LAYERS == 2:
+            self.conv2, self.bn2 = nn.Conv2d(channels, channels, 1), norm()
+        self.linear_class = nn.Linear(channels, config.NUM_CLASSES)
+        self.linear_bbox = nn.Linear(channels, 4 * config.NUM_CLASSES)
 
     def forward(
         self, features: Sequence[Tensor], rois: Rois, image_shape: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """Class logits [R, K] and deltas [R, K, 4] of the rois in P2..P5."""
-        x = pyramid_roi_align(features, rois, self.pool_size, image_shape)
-        x = F.relu(self.bn1(dense(self.conv1, x)))
-        x = F.relu(self.bn2(dense(self.conv2, x)))
+        x = pyramid_roi_align(features, rois, self.config.POOL_SIZE, image_shape, self.config)
+        for conv in self.convs:
+            x = conv(x, relu=True)
+        x = dense(self.conv1, x, self.bn1)
+        if self.conv2 is not None:
+            x = dense(self.conv2, x, self.bn2)
         x = x.flatten(1)  # [R, C]
         return self.linear_class(x), self.linear_bbox(x).unflatten(1, (-1, 4))
 
@@ -441,30 +533,25 @@ class Classifier(nn.Module):
 class Mask(nn.Module):
     """Mask logits of boxes for one class each."""
 
-    def __init__(self, in_channels: int, pool_size: int, num_classes: int) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        channels = in_channels
-        self.pool_size = pool_size
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.bn1 = BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.bn2 = BatchNorm2d(channels)
-        self.conv3 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.bn3 = BatchNorm2d(channels)
-        self.conv4 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.bn4 = BatchNorm2d(channels)
+        self.config = config
+        channels = config.TOP_DOWN_PYRAMID_SIZE
+        for layer in range(1, 5):
+            self.add_module(f"conv{layer}", nn.Conv2d(channels, channels, 3, padding=1))
+            for norm in conv_norm(config):
+                self.add_module(f"bn{layer}", norm)
         self.deconv = nn.ConvTranspose2d(channels, channels, 2, stride=2)
-        self.conv5 = nn.Conv2d(channels, num_classes, 1)
+        self.conv5 = nn.Conv2d(channels, config.NUM_CLASSES, 1)
 
     def forward(
         self, features: Sequence[Tensor], rois: Rois, class_ids: Tensor, image_shape: Sequence[int]
     ) -> Tensor:
         """Logits [R, M, M] of the class class_ids [R] of each roi in P2..P5."""
-        x = pyramid_roi_align(features, rois, self.pool_size, image_shape)
-        x = convolve(self.conv1, x, self.bn1, relu=True)
-        x = convolve(self.conv2, x, self.bn2, relu=True)
-        x = convolve(self.conv3, x, self.bn3, relu=True)
-        x = convolve(self.conv4, x, self.bn4, relu=True)
+        x = pyramid_roi_align(features, rois, self.config.MASK_POOL_SIZE, image_shape, self.config)
+        layers: Any = dict(self.named_children())
+        for layer in range(1, 5):
+            x = convolve(layers[f"conv{layer}"], x, layers.get(f"bn{layer}"), relu=True)
         # deconv as the matrix product it is, since each output sees one input.
         assert self.deconv.bias is not None
         weight = self.deconv.weight.permute(2, 3, 1, 0).flatten(0, 2)  # [2 * 2 * C, C]
@@ -495,7 +582,7 @@ def refine_detections(
         proposals: the rois that the classifier judged.
         class_probs: [R, K].
         class_deltas: [R, K, 4] in units of BBOX_STD_DEV.
-        windows: [B, 4] unit frame, the part of each network input that shows the image.
+        windows: [B, 4] the BOX_FRAME, the part of each network input that shows the image.
 
     Source: Mask R-CNN paper, section 3.1, inference.
     """
@@ -508,8 +595,11 @@ def refine_detections(
         class_ids = likeliest[rows]
     scores, image_index = class_probs[rows, class_ids], proposals.image_index[rows]
     deltas = class_deltas[rows, class_ids] * class_deltas.new_tensor(config.BBOX_STD_DEV)
-    boxes = utils.apply_box_deltas(proposals.boxes[rows], deltas)
+    boxes = utils.apply_box_deltas(proposals.boxes[rows], deltas, config.BBOX_LOG_SCALE_LIMIT)
     boxes = utils.clip_boxes(boxes, windows[image_index])
+    large = are_larger(boxes, config.DETECTION_MIN_SIZE)
+    boxes, rows, class_ids = boxes[large], rows[large], class_ids[large]
+    scores, image_index = scores[large], image_index[large]
 
     group = image_index * config.NUM_CLASSES + class_ids
     keep = batched_nms(boxes, scores, group, config.DETECTION_NMS_THRESHOLD)
@@ -522,57 +612,74 @@ def refine_detections(
     return Detections(boxes[keep], class_ids[keep], scores[keep], image_index[keep], rows[keep])
 
 
-def unmold_boxes(boxes: Tensor, window: Tensor, image_shape: Sequence[int]) -> Tensor:
-    """Boxes [N, 4] of the unit frame in image pixels, int32.
+def unmold_boxes(
+    boxes: Tensor, window: Tensor, image_shape: Sequence[int], config: Config
+) -> Tensor:
+    """Boxes [N, 4] of the BOX_FRAME in image pixels, within the image.
 
     Args:
-        window: [4] unit frame, the part of the network input that shows the image.
+        window: [4] the BOX_FRAME, the part of the network input that shows the image.
         image_shape: (height, width, ...) of the image.
+
+    Returns:
+        [N, 4] float32; whole numbers if MASK_PASTE is "rounded".
     """
     # A window of one pixel has no extent in the unit frame.
     shift, scale = window[:2].repeat(2), (window[2:] - window[:2]).clamp(min=1e-9).repeat(2)
-    return utils.denorm_boxes((boxes - shift) / scale, image_shape)
+    boxes = (boxes - shift) / scale
+    if config.BOX_FRAME == "unit":
+        boxes = utils.denorm_boxes(boxes, image_shape).float()
+    else:
+        boxes = boxes * boxes.new_tensor(image_shape[:2]).repeat(2)
+        boxes = utils.clip_boxes(boxes, (0.0, 0.0, *map(float, image_shape[:2])))
+    return boxes.round() if config.MASK_PASTE == "rounded" else boxes
 
 
 def unmold_detections(
-    prediction: Prediction, image: int, image_shape: Sequence[int], window: Tensor, masks: str
+    prediction: Prediction,
+    image: int,
+    image_shape: Sequence[int],
+    window: Tensor,
+    masks: str,
+    config: Config,
 ) -> dict[str, Any]:
     """The detections of one image of a batch, in the form that MaskRCNN.detect returns.
 
     Args:
         image: position in the batch.
         image_shape: (height, width, ...) of the image before it was molded.
-        window: [4] unit frame, the part of the network input that shows the image.
+        window: [4] the BOX_FRAME, the part of the network input that shows the image.
         masks: "full", "rle" or "box".
     """
     detections = prediction.detections
     members = (detections.image_index == image).nonzero()[:, 0]
-    boxes = unmold_boxes(detections.boxes[members], window, image_shape)
+    boxes = unmold_boxes(detections.boxes[members], window, image_shape, config)
     # Boxes thinner than a pixel of the image can round to nothing.
-    visible = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1)
+    visible = are_larger(boxes, 0)
     boxes, members = boxes[visible], members[visible]
 
-    height, width = image_shape[:2]
-    corners = boxes.tolist()
-    pasted = (
-        utils.paste_mask(probs, y2 - y1, x2 - x1)
-        for probs, (y1, x1, y2, x2) in zip(prediction.mask_probs[members], corners, strict=True)
+    size = (image_shape[0], image_shape[1])
+    rois = boxes.round().int()
+    parts = (
+        utils.paste_mask(probs, box, size, config.MASK_PASTE)
+        for probs, box in zip(prediction.mask_probs[members], boxes.tolist(), strict=True)
     )
     found: Any
-    if masks == "box":
-        found = [mask.cpu().numpy() for mask in pasted]
-    elif masks == "rle":
-        found = [
-            utils.rle_encode(mask.cpu().numpy(), box, (height, width))
-            for mask, box in zip(pasted, corners, strict=True)
-        ]
-    else:
-        canvas = torch.zeros(len(corners), height, width, dtype=torch.bool, device=boxes.device)
-        for row, mask, (y1, x1, y2, x2) in zip(canvas, pasted, corners, strict=True):
-            row[y1:y2, x1:x2] = mask
+    if masks == "full":
+        canvas = torch.zeros(len(boxes), *size, dtype=torch.bool, device=boxes.device)
+        for row, (part, (y1, x1, y2, x2)) in zip(canvas, parts, strict=True):
+            row[y1:y2, x1:x2] = part
         found = canvas.permute(1, 2, 0).cpu().numpy()  # [H, W, N]
+    else:
+        found = [
+            utils.rle_encode(part.cpu().numpy(), corners, size)
+            if masks == "rle"
+            else utils.crop_part(part.cpu().numpy(), corners, roi)
+            for (part, corners), roi in zip(parts, rois.tolist(), strict=True)
+        ]
     return {
-        "rois": boxes.cpu().numpy(),
+        "rois": rois.cpu().numpy(),
+        "boxes": boxes.cpu().numpy(),
         "class_ids": detections.class_ids[members].to(torch.int32).cpu().numpy(),
         "scores": detections.scores[members].cpu().numpy(),
         "masks": found,
@@ -620,22 +727,17 @@ class MaskRCNN(nn.Module):
             raise ValueError(f"mode must be 'training' or 'inference', got {mode!r}")
         self.config = config
         self.model_dir = Path(model_dir)
-        pyramid = config.TOP_DOWN_PYRAMID_SIZE
-        self.fpn = FPN(build_backbone(config), config.IMAGE_CHANNEL_COUNT, pyramid)
-        self.rpn = RPN(
-            pyramid, config.RPN_CHANNELS, len(config.RPN_ANCHOR_RATIOS), config.RPN_ANCHOR_STRIDE
-        )
-        self.classifier = Classifier(
-            pyramid, config.POOL_SIZE, config.FPN_CLASSIF_FC_LAYERS_SIZE, config.NUM_CLASSES
-        )
-        self.mask = Mask(pyramid, config.MASK_POOL_SIZE, config.NUM_CLASSES)
+        self.fpn = FPN(build_backbone(config), config)
+        self.rpn = RPN(config)
+        self.classifier = Classifier(config)
+        self.mask = Mask(config)
         channels = config.IMAGE_CHANNEL_COUNT
         self.register_buffer("mean", torch.empty(channels, 1, 1), persistent=False)
         self.register_buffer("std", torch.empty(channels, 1, 1), persistent=False)
         self.run = checkpoints.Run()
         self._anchors: dict[tuple, tuple[Tensor, Tensor]] = {}
         self._initialize_weights()
-        self.set_backbone_style(config.BACKBONE_STYLE)
+        self.set_backbone({})
         self.train(mode != "inference")
 
     def _initialize_weights(self) -> None:
@@ -684,13 +786,14 @@ class MaskRCNN(nn.Module):
         """The losses of a batch, or, without targets, what predict() finds in it.
 
         Args:
-            images: [B, C, H, W] uint8, sides multiples of 64.
+            images: [B, C, H, W] uint8, or float32 of 0..255; sides multiples of IMAGE_SIZE_DIVISOR.
             targets: for each image a dict as dataset.py makes it, of tensors on any device:
                 class_ids [N] int64, 1..K-1, negative for crowds;
                 boxes [N, 4] float32, network pixels, of positive height and width;
                 masks [N, h, w] bool, cut to the boxes and of MINI_MASK_SHAPE if USE_MINI_MASK,
                 else of the network input; and, if present,
                 active_class_ids [K] bool, the classes of the image's data set (default: all);
+                window [4] float32, network pixels, the part that shows the image (default: all);
                 rois [M, 4] float32, network pixels, for which to train the heads unless
                 USE_RPN_ROIS. Other keys are ignored.
 
@@ -706,12 +809,15 @@ class MaskRCNN(nn.Module):
         if targets is None:
             if self.training:
                 raise ValueError("training mode needs targets; call model.eval() to predict")
-            whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]], device=self.device)
-            return self.predict(images, whole.expand(len(images), 4))
+            return self.predict(images, self._whole(len(images), images.shape[2:]))
         image_shape = images.shape[2:]
         features = self.fpn(self.normalize(images))
+        windows = self._whole(len(images), image_shape)
+        for window, target in zip(windows, targets, strict=True):
+            if "window" in target:
+                window.copy_(self.to_frame(target["window"], image_shape))
         with torch.no_grad():
-            _, proposals = self.propose(features, image_shape)
+            _, proposals = self.propose(features, image_shape, windows)
         rpn_targets, roi_targets = self._build_targets(targets, proposals, image_shape)
         every_class = torch.ones(self.config.NUM_CLASSES, dtype=torch.bool)
         active = [target.get("active_class_ids", every_class).to(self.device) for target in targets]
@@ -724,14 +830,14 @@ class MaskRCNN(nn.Module):
         """Runs all stages on molded images, see mold_inputs; `detect` is the friendlier way.
 
         Args:
-            images: [B, C, H, W] uint8, sides multiples of 64, on the model's device.
-            windows: [B, 4] float32, unit frame, the part of each that shows the image.
+            images: [B, C, H, W] as in forward, on the model's device.
+            windows: [B, 4] float32, the BOX_FRAME, the part of each that shows the image.
         """
         fast = self.config.CPU_WINOGRAD and self.device.type == "cpu"
         with fused.inference(self._keeps_to_itself()) if fast else contextlib.nullcontext():
             image_shape = images.shape[2:]
             *features, p6 = self.fpn(self.normalize(images))
-            rpn, proposals = self.propose([*features, p6], image_shape)
+            rpn, proposals = self.propose([*features, p6], image_shape, windows)
             class_logits, class_deltas = self.classifier(features, proposals, image_shape)
             class_probs = class_logits.float().softmax(dim=1)
             detections = refine_detections(
@@ -767,9 +873,10 @@ class MaskRCNN(nn.Module):
 
         Returns:
             A dict of numpy arrays per image, best score first:
-            rois [N, (y1, x1, y2, x2)] int32, image pixels, half-open; class_ids [N] int32;
+            rois [N, (y1, x1, y2, x2)] int32, image pixels, half-open; boxes [N, 4] float32, the
+            same before they were rounded, if MASK_PASTE keeps fractions; class_ids [N] int32;
             scores [N] float32; masks: [H, W, N] bool, or a list of N dicts {"size", "counts"}, or
-            a list of N arrays [y2 - y1, x2 - x1] bool.
+            a list of N arrays [y2 - y1, x2 - x1] bool, the part in each of rois.
 
         Raises:
             TypeError, ValueError: an image that cannot be understood.
@@ -807,7 +914,7 @@ class MaskRCNN(nn.Module):
         molded, windows = self.mold_inputs(images)
         prediction = self.predict(molded, windows)
         results = [
-            unmold_detections(prediction, i, image.shape, windows[i], masks)
+            unmold_detections(prediction, i, image.shape, windows[i], masks, self.config)
             for i, image in enumerate(images)
         ]
         if verbose:
@@ -824,25 +931,40 @@ class MaskRCNN(nn.Module):
             images: arrays [H, W, C] uint8.
 
         Returns:
-            images [B, C, H, W] uint8 on the model's device, and windows [B, 4] float32, unit
-            frame, the part of each that shows the image.
+            images [B, C, H, W] on the model's device, uint8, or float32 in the mode
+            "shortest_edge"; and windows [B, 4] float32, the BOX_FRAME, the part of each that shows
+            the image.
         """
         if self.config.IMAGE_RESIZE_MODE == "crop":
             raise ValueError("IMAGE_RESIZE_MODE 'crop' is for training; detect with 'square'")
         resized = [utils.resize_to_network(image, self.config) for image in images]
         molded = torch.from_numpy(np.stack([item.image for item in resized]))
-        corners = np.stack([item.window for item in resized])
-        windows = torch.from_numpy(utils.norm_boxes(corners, molded.shape[1:3]))
-        return molded.to(self.device).permute(0, 3, 1, 2), windows.to(self.device)
+        corners = torch.tensor([item.window for item in resized])
+        windows = self.to_frame(corners, molded.shape[1:3])
+        return molded.to(self.device).permute(0, 3, 1, 2), windows
+
+    def to_frame(self, boxes: Tensor, image_shape: Sequence[int]) -> Tensor:
+        """Boxes [N, 4] from network pixels to the BOX_FRAME, float32, on the model's device."""
+        boxes = boxes.to(self.device)
+        unit = self.config.BOX_FRAME == "unit"
+        return utils.norm_boxes(boxes, image_shape) if unit else boxes.float()
+
+    def _whole(self, count: int, image_shape: Sequence[int]) -> Tensor:
+        """The whole network input as a box of the BOX_FRAME, for each of some images [count, 4]."""
+        box = torch.tensor([[0, 0, *image_shape[:2]]])
+        return self.to_frame(box, image_shape).repeat(count, 1)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Network input of images [B, C, H, W] uint8: float32, minus the mean, over the std."""
+        """Network input of images [B, C, H, W]: float32, minus the mean, over the std."""
         return (images - self.mean) / self.std
 
     def propose(
-        self, features: Sequence[Tensor], image_shape: Sequence[int]
+        self,
+        features: Sequence[Tensor],
+        image_shape: Sequence[int],
+        windows: Tensor | None = None,
     ) -> tuple[RPNOutput, Rois]:
-        """Runs the region proposal network on P2..P6."""
+        """Runs the region proposal network on P2..P6; windows as in predict, None for all."""
         levels = [self.rpn(feature) for feature in features]
         rpn = RPNOutput(
             torch.cat([level.logits for level in levels], dim=1),
@@ -856,23 +978,24 @@ class MaskRCNN(nn.Module):
                 f"COMPUTE_BACKBONE_SHAPE must give the sizes of P2..P6, {len(anchors)} anchors for"
                 f" {tuple(image_shape)} pixels, got {rpn.logits.shape[1]} from the network"
             )
-        return rpn, proposal_layer(rpn, anchors, count, config)
+        if windows is None or not config.CLIP_TO_IMAGE:
+            windows = self._whole(len(rpn.logits), image_shape)
+        sizes = [level.logits.shape[1] for level in levels]
+        return rpn, proposal_layer(rpn, anchors, windows, sizes, count, config)
 
     def get_anchors(self, image_shape: Sequence[int]) -> Tensor:
-        """Anchors [A, 4] float32, unit frame, for a network input of (height, width) pixels."""
+        """Anchors [A, 4] float32, the BOX_FRAME, for a network input of (height, width) pixels."""
         return self._all_anchors(image_shape)[1]
 
     def _all_anchors(self, image_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Anchors [A, 4], float64 network pixels and float32 unit frame."""
+        """Anchors [A, 4], float64 network pixels, and float32 in the BOX_FRAME."""
         options = self.config.anchor_options(image_shape)
         key = (*image_shape[:2], self.device, str(options))
         if key not in self._anchors:
-            anchors = utils.generate_pyramid_anchors(**options)
-            frames = anchors, utils.norm_boxes(anchors, image_shape)
-            pixels, unit = (torch.from_numpy(x).to(self.device) for x in frames)
+            pixels = torch.from_numpy(utils.generate_pyramid_anchors(**options)).to(self.device)
             if len(self._anchors) == 8:  # in mode "pad64" each image may have a shape of its own
                 self._anchors.pop(next(iter(self._anchors)))
-            self._anchors[key] = pixels, unit
+            self._anchors[key] = pixels, self.to_frame(pixels, image_shape)
         return self._anchors[key]
 
     # --- Losses
@@ -890,9 +1013,9 @@ class MaskRCNN(nn.Module):
             rpn_targets.append(build_rpn_targets(anchors, class_ids, boxes, config))
             rois = proposals.boxes[proposals.image_index == i]
             if not config.USE_RPN_ROIS:
-                rois = utils.norm_boxes(target["rois"].to(self.device), image_shape)
-            unit_boxes = utils.norm_boxes(boxes, image_shape)
-            roi_targets.append(sample_rois(rois, class_ids, unit_boxes, masks, config))
+                rois = self.to_frame(target["rois"], image_shape)
+            framed = self.to_frame(boxes, image_shape)
+            roi_targets.append(sample_rois(rois, class_ids, framed, masks, config))
         return rpn_targets, roi_targets
 
     def compute_losses(
@@ -937,41 +1060,40 @@ class MaskRCNN(nn.Module):
 
     # --- Weights
 
-    def set_backbone_style(self, style: str) -> None:
+    def set_backbone(self, options: Mapping[str, Any]) -> None:
         """Makes the ResNet compute what its weights were trained with.
 
-        Called by load_weights. config.BACKBONE_STYLE is where a new model starts; what came of it
-        is kept in backbone_style and in checkpoints.
+        Called by load_weights. The config is where a new model starts; what came of it is kept in
+        backbone_options and in checkpoints.
 
         Args:
-            style: "keras" (stride in the first 1 x 1 convolution of a stage, SAME padding of the
-                pooling, BatchNorm eps 1e-3, images minus MEAN_PIXEL) or "torchvision" (stride in
-                the 3 x 3 convolution, symmetric padding, eps 1e-5, torchvision's mean and std).
+            options: some of config.BACKBONE_OPTIONS; the config's own for the others.
 
         Raises:
-            ValueError: no such style, or one that the config does not allow.
+            ValueError: a value that cannot be, or does not fit IMAGE_CHANNEL_COUNT.
         """
         # In a copy, since other models may share the config.
         wanted = copy.copy(self.config)
-        wanted.BACKBONE_STYLE = style
+        for name in BACKBONE_OPTIONS:
+            setattr(wanted, name, options.get(name, getattr(self.config, name)))
         wanted.validate()
-        self.backbone_style = style
-        torchvision = style == "torchvision"
-        mean = TORCHVISION_MEAN if torchvision else self.config.MEAN_PIXEL
-        std = TORCHVISION_STD if torchvision else [1.0] * len(mean)
-        self.mean.copy_(torch.tensor(mean).view(-1, 1, 1))
-        self.std.copy_(torch.tensor(std).view(-1, 1, 1))
-        for module in self.fpn.modules():
+        self.backbone_options = {name: getattr(wanted, name) for name in BACKBONE_OPTIONS}
+        self.mean.copy_(torch.tensor(wanted.MEAN_PIXEL).view(-1, 1, 1))
+        self.std.copy_(torch.tensor(wanted.STD_PIXEL or 1.0).view(-1, 1, 1))
+        for module in itertools.chain.from_iterable(stage.modules() for stage in self._stages()):
             if isinstance(module, BatchNorm2d):
-                module.eps = 1e-5 if torchvision else 1e-3
+                module.eps = wanted.BATCH_NORM_EPS
             elif isinstance(module, StemPool):
-                module.padding, module.ceil_mode = (1, False) if torchvision else (0, True)
+                same = wanted.STEM_POOL_PADDING == "same"
+                module.padding, module.ceil_mode = (0, True) if same else (1, False)
             elif isinstance(module, Bottleneck):
                 # The strides of the first block of C3, C4 and C5 are 2 and 1, or 1 and 2.
-                strides = sorted(
-                    [module.conv1.stride, module.conv2.stride], reverse=not torchvision
+                strides = sorted([module.conv1.stride, module.conv2.stride])
+                small, large = strides
+                first = wanted.STRIDE_IN_1X1
+                module.conv1.stride, module.conv2.stride = (
+                    (large, small) if first else (small, large)
                 )
-                module.conv1.stride, module.conv2.stride = strides
 
     def load_weights(
         self,

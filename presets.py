@@ -14,6 +14,7 @@ tests/test_presets.py.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from config import BACKBONE_OPTIONS, Config
@@ -52,8 +53,7 @@ class MatterportConfig(Config):
     PRE_NMS_LIMIT = 6000
     RPN_MIN_SIZE = None
     CLIP_TO_IMAGE = False
-    # Boxes and rois
-    BOX_FRAME = "unit"
+    # Rois
     ROI_ALIGN = "crop_and_resize"
     ROI_LEVEL_OFFSET = 0.5
     # Detections
@@ -94,8 +94,7 @@ class TorchvisionConfig(Config):
     PRE_NMS_LIMIT = 1000
     RPN_MIN_SIZE = 1e-3
     CLIP_TO_IMAGE = True
-    # Boxes and rois
-    BOX_FRAME = "pixel"
+    # Rois
     ROI_ALIGN = "roi_align"
     ROI_SAMPLING_RATIO = 2
     ROI_ALIGNED = False
@@ -130,7 +129,7 @@ class Detectron2Config(Config):
     IMAGE_INTERPOLATION = "pillow"
     IMAGE_SIDE_ROUNDING = "nearest"
     MEAN_PIXEL = (123.675, 116.28, 103.53)
-    STD_PIXEL = None
+    STD_PIXEL: Sequence[float] | None = None
     # Network
     BACKBONE = "resnet50"
     STRIDE_IN_1X1 = True
@@ -148,8 +147,7 @@ class Detectron2Config(Config):
     PRE_NMS_LIMIT = 1000
     RPN_MIN_SIZE = 0.0
     CLIP_TO_IMAGE = True
-    # Boxes and rois
-    BOX_FRAME = "pixel"
+    # Rois
     ROI_ALIGN = "roi_align"
     ROI_SAMPLING_RATIO = 0
     ROI_ALIGNED = True
@@ -175,8 +173,8 @@ def options_of(preset: type[Config]) -> dict[str, Any]:
     return {name: getattr(preset, name) for name in own if Config.has_option(name)}
 
 
-# What ResNets alone need, pretrained on ImageNet: Keras', whose mean is the user's own, torchvision's,
-# and the MSRA ones that detectron2 starts from.
+# What ResNets alone need, pretrained on ImageNet: torchvision's, the MSRA ones that detectron2
+# starts from, and Keras', whose mean is the user's own.
 TORCHVISION_RESNET, MSRA_RESNET, KERAS_RESNET = (
     {name: getattr(preset, name) for name in BACKBONE_OPTIONS}
     for preset in (TorchvisionV2Config, Detectron2Config, MatterportConfig)

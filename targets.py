@@ -9,7 +9,7 @@ from torch import Tensor
 
 import utils
 from config import Config
-from roialign import crop_and_resize
+from roialign import crop_and_resize, roi_align
 
 
 class RPNTargets(NamedTuple):
@@ -22,7 +22,7 @@ class RPNTargets(NamedTuple):
 class RoiTargets(NamedTuple):
     """What the heads should say of the rois sampled from one image: the P objects come first."""
 
-    rois: Tensor  # [R, 4] unit frame
+    rois: Tensor  # [R, 4] the BOX_FRAME
     class_ids: Tensor  # [R] int64, 0 for background
     deltas: Tensor  # [P, 4] in units of BBOX_STD_DEV
     masks: Tensor  # [P, M, M] float32, 0 or 1
@@ -130,9 +130,9 @@ def sample_rois(
     the background of a full sample, and samples are not filled up with empty boxes.
 
     Args:
-        proposals: [N, 4] float32, unit frame.
+        proposals: [N, 4] float32, the BOX_FRAME.
         class_ids: [G] int64, negative for crowds.
-        gt_boxes: [G, 4] float32, unit frame.
+        gt_boxes: [G, 4] float32, the BOX_FRAME.
         masks: [G, h, w] bool, cut to the boxes if USE_MINI_MASK, else of the network input.
         permutation: the source of randomness, see sample.
 
@@ -166,17 +166,22 @@ def crop_masks(
 
     Args:
         masks: [G, h, w] bool, cut to gt_boxes if USE_MINI_MASK, else of the network input.
-        rois: [P, 4] unit frame.
-        gt_boxes: [G, 4] unit frame.
+        rois: [P, 4] the BOX_FRAME.
+        gt_boxes: [G, 4] the BOX_FRAME.
         assigned: [P] int64, the mask of each roi.
     """
     boxes = rois
     if config.USE_MINI_MASK:
         corner, far_corner = gt_boxes[assigned].split(2, dim=1)
         boxes = (rois - corner.repeat(1, 2)) / (far_corner - corner).repeat(1, 2)
+    height, width = config.MASK_SHAPE
+    if config.BOX_FRAME == "pixel":
+        if config.USE_MINI_MASK:
+            boxes = boxes * boxes.new_tensor(masks.shape[1:]).repeat(2)
+        crops = roi_align(masks[:, None].float(), boxes, assigned, height, width, 0, True)
+        return (crops[:, 0] >= 0.5).float()
     # As in pyramid_roi_align, rounding must not carry the last sample beyond the mask. Not a clamp:
     # a roi may reach beyond its object.
     boxes = boxes.where(boxes != 1, 1 - 2**-22)
-    height, width = config.MASK_SHAPE
     crops = crop_and_resize(masks[:, None].float(), boxes, assigned, height, width)
     return (crops[:, 0] > 0.5).float()

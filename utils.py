@@ -7,6 +7,7 @@ import contextlib
 import copy
 import functools
 import logging
+import math
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from config import Config, are_network_sides
@@ -158,19 +161,22 @@ def box_refinement(box: Tensor, gt_box: Tensor) -> Tensor:
 
 
 @numpy_facade
-def apply_box_deltas(boxes: Tensor, deltas: Tensor) -> Tensor:
+def apply_box_deltas(boxes: Tensor, deltas: Tensor, limit: float | None = None) -> Tensor:
     """Moves and scales boxes by deltas, in Matterport's order of operations.
 
     Args:
         boxes: [..., (y1, x1, y2, x2)], any frame.
         deltas: [..., (dy, dx, log(dh), log(dw))], already times BBOX_STD_DEV.
+        limit: the largest log(dh) and log(dw), see BBOX_LOG_SCALE_LIMIT.
 
     Returns:
-        [..., 4] float32, the frame of boxes. Deltas are not clamped: beyond log(dh) = 88 the box
-        becomes (-inf, NaN), which clip_boxes turns into the window's edges.
+        [..., 4] float32, the frame of boxes. Without a limit, beyond log(dh) = 88 the box becomes
+        (-inf, NaN), which clip_boxes turns into the window's edges.
     """
     y1, x1, y2, x2 = boxes.float().unbind(-1)
     dy, dx, dh, dw = deltas.float().unbind(-1)
+    if limit is not None:
+        dh, dw = dh.clamp(max=limit), dw.clamp(max=limit)
     height, width = y2 - y1, x2 - x1
     center_y = y1 + 0.5 * height + dy * height
     center_x = x1 + 0.5 * width + dx * width
@@ -194,8 +200,9 @@ def generate_anchors(
     scales: float | Sequence[float],
     ratios: Sequence[float],
     shape: Sequence[int],
-    feature_stride: int,
+    feature_stride: int | Sequence[int],
     anchor_stride: int,
+    rounding: bool = False,
 ) -> np.ndarray:
     """Anchors of one feature map.
 
@@ -203,8 +210,9 @@ def generate_anchors(
         scales: side(s) of the square anchor, network pixels.
         ratios: width / height.
         shape: (h, w) of the feature map, cells.
-        feature_stride: network pixels per cell.
+        feature_stride: network pixels per cell, (down, across) if they differ.
         anchor_stride: place anchors on every n-th cell.
+        rounding: round half their sides, a half to the even neighbour.
 
     Returns:
         [A, (y1, x1, y2, x2)] float64, network pixels: cells row by row, in a cell ratio by ratio,
@@ -212,8 +220,10 @@ def generate_anchors(
     """
     ratio, scale = (x.ravel() for x in np.meshgrid(ratios, scales, indexing="ij"))
     half_sizes = 0.5 * np.stack([scale / np.sqrt(ratio), scale * np.sqrt(ratio)], axis=1)
+    if rounding:
+        half_sizes = half_sizes.round()
     cells = np.meshgrid(*(np.arange(0, n, anchor_stride) for n in shape), indexing="ij")
-    centers = np.stack(cells, axis=2).reshape(-1, 1, 2) * feature_stride
+    centers = np.stack(cells, axis=2).reshape(-1, 1, 2) * np.asarray(feature_stride)
     return np.concatenate([centers - half_sizes, centers + half_sizes], axis=2).reshape(-1, 4)
 
 
@@ -221,12 +231,15 @@ def generate_pyramid_anchors(
     scales: Sequence[float],
     ratios: Sequence[float],
     feature_shapes: Sequence[Sequence[int]] | np.ndarray,
-    feature_strides: Sequence[int],
+    feature_strides: Sequence[int | Sequence[int]],
     anchor_stride: int,
+    rounding: bool = False,
 ) -> np.ndarray:
     """Anchors [A, 4] float64, network pixels, of all pyramid levels: level i has scales[i]."""
     levels = zip(scales, feature_shapes, feature_strides, strict=True)
-    return np.concatenate([generate_anchors(s, ratios, f, n, anchor_stride) for s, f, n in levels])
+    return np.concatenate(
+        [generate_anchors(s, ratios, f, n, anchor_stride, rounding) for s, f, n in levels]
+    )
 
 
 # --- Images --------------------------------------------------------------------------------------
@@ -288,15 +301,16 @@ def resize(image: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 class ResizedImage(NamedTuple):
     """What resize_image did; resize_mask takes scale, padding and crop."""
 
-    image: np.ndarray  # [H, W, C], the dtype of the input
+    image: np.ndarray  # [H, W, C], the dtype of the input; float32 in mode "shortest_edge"
     window: tuple[int, int, int, int]  # the image without its padding, network pixels
-    scale: float
+    scale: float | tuple[float, float]  # a pair, down and across, in mode "shortest_edge"
     padding: list[tuple[int, int]]  # [(top, bottom), (left, right), (0, 0)]
     crop: tuple[int, int, int, int] | None  # (y, x, height, width) in the scaled image
 
 
-def _scaled_shape(shape: Sequence[int], scale: float) -> tuple[int, int]:
-    return max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
+def _scaled_shape(shape: Sequence[int], scale: float | tuple[float, float]) -> tuple[int, int]:
+    down, across = scale if isinstance(scale, tuple) else (scale, scale)
+    return max(1, round(shape[0] * down)), max(1, round(shape[1] * across))
 
 
 def resize_image(
@@ -306,6 +320,10 @@ def resize_image(
     min_scale: float | None = None,
     mode: str = "square",
     rng: np.random.Generator | None = None,
+    divisor: int = 64,
+    interpolation: str = "pillow",
+    side_rounding: str = "nearest",
+    padding_value: Sequence[float] | None = None,
 ) -> ResizedImage:
     """Resizes an image to the network's input, keeping its aspect ratio.
 
@@ -316,8 +334,9 @@ def resize_image(
         min_scale: scale up by at least this factor, unless max_dim forbids it.
         mode: "none" returns the image as it is; "square" pads to [max_dim, max_dim];
             "pad64" pads both sides to multiples of 64; "crop" cuts a random
-            [min_dim, min_dim] piece, for training only.
+            [min_dim, min_dim] piece, for training only; "shortest_edge" see scale_shortest_edge.
         rng: draws the crop; python's global `random` if None.
+        divisor, interpolation, side_rounding, padding_value: of the mode "shortest_edge".
 
     Returns:
         image, window, scale, padding and crop, see ResizedImage. Matterport: values are truncated
@@ -326,12 +345,18 @@ def resize_image(
     Raises:
         ValueError: an unknown mode, or a dimension that the mode needs is missing.
     """
-    side = {"none": 1, "square": max_dim, "pad64": 64, "crop": min_dim}.get(mode)
+    sides = {"none": 1, "square": max_dim, "pad64": 64, "crop": min_dim}
+    side = (min_dim and max_dim) if mode == "shortest_edge" else sides.get(mode)
     if not side:
         raise ValueError(
-            "mode must be none, square with max_dim, pad64 or crop with min_dim, "
-            f"got mode={mode!r}, min_dim={min_dim}, max_dim={max_dim}"
+            "mode must be none, square with max_dim, pad64, crop with min_dim or shortest_edge "
+            f"with both, got mode={mode!r}, min_dim={min_dim}, max_dim={max_dim}"
         )
+    if mode == "shortest_edge":
+        assert min_dim is not None
+        assert max_dim is not None
+        scaled = scale_shortest_edge(image, min_dim, max_dim, interpolation, side_rounding)
+        return _pad_behind(image.shape, scaled, divisor, padding_value)
     height, width = image.shape[:2]
     padding = [(0, 0), (0, 0), (0, 0)]
     if mode == "none":
@@ -358,6 +383,61 @@ def resize_image(
     return ResizedImage(padded, window, scale, padding, None)
 
 
+def scale_shortest_edge(
+    image: np.ndarray, min_dim: int, max_dim: int, interpolation: str, side_rounding: str
+) -> np.ndarray:
+    """Scales an image so that its shorter side is min_dim, and the longer at most max_dim.
+
+    Args:
+        image: [H, W, C] uint8.
+        interpolation: "pillow" or "float", see IMAGE_INTERPOLATION.
+        side_rounding: "nearest", as detectron2, or "floor", as torchvision, which takes the scale
+            in float32 besides.
+
+    Returns:
+        [height, width, C] float32, 0..255.
+    """
+    height, width = image.shape[:2]
+    shorter, longer = min(height, width), max(height, width)
+    if side_rounding == "floor":
+        scale = float(
+            min(np.float32(min_dim) / np.float32(shorter), np.float32(max_dim) / np.float32(longer))
+        )
+        sides = [int(height * scale), int(width * scale)]
+    else:
+        scale = min_dim / shorter
+        lengths = [height * scale, width * scale]
+        factor = min(1.0, max_dim / max(lengths))
+        sides = [int(length * factor + 0.5) for length in lengths]
+    sides = [max(1, side) for side in sides]
+    if image.size == 0:
+        return np.zeros((*sides, *image.shape[2:]), np.float32)
+    if interpolation == "pillow":
+        planes = [
+            np.asarray(Image.fromarray(plane).resize(sides[::-1], Image.Resampling.BILINEAR))
+            for plane in np.ascontiguousarray(image.transpose(2, 0, 1))
+        ]
+        return np.stack(planes, axis=2).astype(np.float32)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float()
+    scaled = F.interpolate(pixels, size=sides, mode="bilinear", align_corners=False)
+    return scaled[0].permute(1, 2, 0).numpy()
+
+
+def _pad_behind(
+    shape: Sequence[int], scaled: np.ndarray, divisor: int, value: Sequence[float] | None
+) -> ResizedImage:
+    """Pads an image that was of this shape below and to the right, to multiples of divisor."""
+    height, width = scaled.shape[:2]
+    full = (-(-height // divisor) * divisor, -(-width // divisor) * divisor)
+    padded = np.empty((*full, *scaled.shape[2:]), dtype=scaled.dtype)
+    padded[:height, :width] = scaled
+    if padded.size:
+        padded[height:], padded[:height, width:] = value or 0, value or 0
+    padding = [(0, full[0] - height), (0, full[1] - width), (0, 0)]
+    scale = (height / shape[0], width / shape[1])
+    return ResizedImage(padded, (0, 0, height, width), scale, padding, None)
+
+
 def resize_to_network(
     image: np.ndarray, config: Config, rng: np.random.Generator | None = None
 ) -> ResizedImage:
@@ -368,9 +448,10 @@ def resize_to_network(
     """
     resized = resize_image(image, **config.resize_options, rng=rng)
     height, width = resized.image.shape[:2]
-    if not are_network_sides(height, width):
+    divisor = config.IMAGE_SIZE_DIVISOR
+    if not are_network_sides(divisor, height, width):
         raise ValueError(
-            f"image sides must be multiples of 64 in mode 'none', got {height} x {width};"
+            f"image sides must be multiples of {divisor} in mode 'none', got {height} x {width};"
             " use IMAGE_RESIZE_MODE 'pad64'"
         )
     return resized
@@ -381,14 +462,15 @@ def resize_to_network(
 
 def resize_mask(
     mask: np.ndarray,
-    scale: float,
+    scale: float | tuple[float, float],
     padding: Sequence[tuple[int, int]],
     crop: tuple[int, int, int, int] | None = None,
 ) -> np.ndarray:
     """Resizes masks [H, W, N] as resize_image resized their image: nearest pixel, same dtype.
 
     Matterport: corners are mapped to corners (scipy.ndimage.zoom), while the image is resized about
-    half-pixel centres, so the two can differ by up to half a pixel.
+    half-pixel centres, so the two can differ by up to half a pixel. A pair of scales, those of the
+    mode "shortest_edge", resizes both about half-pixel centres.
     """
     y, x = mask_taps(mask.shape, scale, crop)
     resized = mask[y[:, None], x]
@@ -396,10 +478,18 @@ def resize_mask(
 
 
 def mask_taps(
-    shape: Sequence[int], scale: float, crop: tuple[int, int, int, int] | None = None
+    shape: Sequence[int],
+    scale: float | tuple[float, float],
+    crop: tuple[int, int, int, int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows and columns of masks of this shape that resize_mask takes."""
     height, width = _scaled_shape(shape, scale)
+    if isinstance(scale, tuple):
+        centres = (
+            (np.arange(n) + 0.5) * (m / n) for m, n in zip(shape, (height, width), strict=False)
+        )
+        y, x = (np.floor(centre).astype(np.int64) for centre in centres)
+        return y, x
     y, x = (
         np.floor(np.arange(new) * ((old - 1) / max(new - 1, 1)) + 0.5).astype(np.int64)
         for old, new in ((shape[0], height), (shape[1], width))
@@ -454,33 +544,77 @@ def expand_mask(bbox: np.ndarray, mini_mask: np.ndarray, image_shape: Sequence[i
     return mask
 
 
-def paste_mask(mask: Tensor, height: int, width: int) -> Tensor:
+def paste_mask(
+    mask: Tensor, box: Sequence[float], image_shape: Sequence[int], rule: str = "rounded"
+) -> tuple[Tensor, tuple[int, int, int, int]]:
     """Resizes one predicted mask to its box and thresholds it, on the mask's device.
-
-    resize() written as two matrix products with triangle weights; samples outside are zero
-    because no triangle reaches them.
 
     Args:
         mask: [h, w] float, probabilities.
-        height: of the box, pixels.
-        width: of the box, pixels.
+        box: (y1, x1, y2, x2), image frame; whole pixels inside the image for the rule "rounded".
+        image_shape: (H, W, ...).
+        rule: see MASK_PASTE.
 
     Returns:
-        [height, width] bool, True where the probability is at least 0.5.
+        The part of the image that may be set, [y2 - y1, x2 - x1] bool, True where the probability
+        is at least 0.5; and its corners (y1, x1, y2, x2).
+
+    Source: skimage.transform.resize; paste_masks_in_image of torchvision; _do_paste_mask of
+    detectron2.
+    """
+    y1, y2, rows = _paste_axis(box[0], box[2], mask.shape[0], image_shape[0], rule)
+    x1, x2, columns = _paste_axis(box[1], box[3], mask.shape[1], image_shape[1], rule)
+    pasted = sample_mask(mask, rows.to(mask), columns.to(mask))
+    if rule == "rounded" and pasted.numel():
+        # Like resize(): no value below the mask's least, so that a full mask has no faded border.
+        pasted = pasted.clamp(min=mask.min())
+    return pasted >= 0.5, (y1, x1, y2, x2)
+
+
+def _paste_axis(
+    low: float, high: float, size: int, side: int, rule: str
+) -> tuple[int, int, Tensor]:
+    """The first pixel of a side that a mask of `size` cells may set, the one after the last, and
+    the positions of their centres in the mask, 0 and size - 1 for those of its outer cells."""
+    if rule == "expanded":
+        # A cell is added on either side, and the corners of that lose their fractions.
+        middle, half = (high + low) / 2, (high - low) / 2 * ((size + 2) / size)
+        low, high = int(middle - half), int(middle + half) + 1
+        cells, border = size + 2, 1
+    else:
+        cells, border = size, 0
+    start, stop = max(math.floor(low), 0), min(math.ceil(high), side)
+    # Twice the centres: with whole corners a division of exact numbers, so that the middle of an
+    # odd side lies exactly between two cells.
+    odd = 2 * torch.arange(start, max(start, stop), dtype=torch.float64) + 1
+    return start, max(start, stop), (odd - 2 * low) * cells / (2 * (high - low)) - 0.5 - border
+
+
+def sample_mask(mask: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """The bilinear values [n, m] of a mask [h, w] at rows y [n] and columns x [m], 0 outside.
+
+    As two matrix products with triangle weights: no triangle reaches a sample outside.
     """
 
-    def triangles(size: int, new_size: int) -> Tensor:
+    def triangles(size: int, position: Tensor) -> Tensor:
         index = torch.arange(size, device=mask.device, dtype=mask.dtype)
-        # One division of exact numbers: the middle of an odd side lands exactly between two.
-        odd = 2 * torch.arange(new_size, device=mask.device, dtype=mask.dtype)[:, None] + 1
-        return (1 - (odd * size / (2 * new_size) - 0.5 - index).abs()).relu()
+        return (1 - (position[:, None] - index).abs()).relu()
 
-    if height < 1 or width < 1:
-        return mask.new_zeros((max(height, 0), max(width, 0)), dtype=torch.bool)
     with torch.autocast(mask.device.type, enabled=False):  # half precision moves the outline
-        resized = triangles(mask.shape[0], height) @ mask @ triangles(mask.shape[1], width).T
-    # Like resize(): no value below the mask's least, so the border does not fade in a full mask.
-    return resized.clamp(min=mask.min()) >= 0.5
+        return triangles(mask.shape[0], y) @ mask @ triangles(mask.shape[1], x).T
+
+
+def crop_part(part: np.ndarray, corners: Sequence[int], box: Sequence[int]) -> np.ndarray:
+    """What a box (y1, x1, y2, x2) shows of a mask that is set in corners only, where it is part."""
+    y1, x1, y2, x2 = box
+    crop = np.zeros((y2 - y1, x2 - x1), dtype=bool)
+    top, left = max(y1, corners[0]), max(x1, corners[1])
+    bottom, right = min(y2, corners[2]), min(x2, corners[3])
+    if top < bottom and left < right:
+        crop[top - y1 : bottom - y1, left - x1 : right - x1] = part[
+            top - corners[0] : bottom - corners[0], left - corners[1] : right - corners[1]
+        ]
+    return crop
 
 
 def unmold_mask(mask: np.ndarray, bbox: Sequence[int], image_shape: Sequence[int]) -> np.ndarray:
@@ -494,10 +628,9 @@ def unmold_mask(mask: np.ndarray, bbox: Sequence[int], image_shape: Sequence[int
     Returns:
         [H, W] bool, True inside the box where the resized probability is at least 0.5.
     """
-    y1, x1, y2, x2 = (int(v) for v in bbox)
     full_mask = np.zeros(image_shape[:2], dtype=bool)
-    pasted = paste_mask(torch.from_numpy(np.array(mask)), y2 - y1, x2 - x1)
-    full_mask[y1:y2, x1:x2] = pasted.numpy()
+    part, (y1, x1, y2, x2) = paste_mask(torch.from_numpy(np.array(mask)), bbox, image_shape)
+    full_mask[y1:y2, x1:x2] = part.numpy()
     return full_mask
 
 

@@ -103,12 +103,7 @@ def stage_seconds(model: modellib.MaskRCNN, image: np.ndarray) -> dict[str, floa
     lap("resize")
     *features, p6 = model.fpn(model.normalize(images))
     lap("fpn")
-    rpn = modellib.RPNOutput(
-        *(torch.cat(x, dim=1) for x in zip(*map(model.rpn, [*features, p6]), strict=True))
-    )
-    lap("rpn")
-    anchors = model.get_anchors(shape)
-    proposals = modellib.proposal_layer(rpn, anchors, config.POST_NMS_ROIS_INFERENCE, config)
+    rpn, proposals = model.propose([*features, p6], shape, windows)
     lap("proposals")
     logits, deltas = model.classifier(features, proposals, shape)
     probs = logits.softmax(dim=1)
@@ -118,7 +113,7 @@ def stage_seconds(model: modellib.MaskRCNN, image: np.ndarray) -> dict[str, floa
     masks = model.mask(features, rois, detections.class_ids, shape).sigmoid()
     lap("masks")
     prediction = modellib.Prediction(rpn, proposals, probs, deltas, detections, masks)
-    modellib.unmold_detections(prediction, 0, image.shape, windows[0], "full")
+    modellib.unmold_detections(prediction, 0, image.shape, windows[0], "full", config)
     lap("paste")
     return seconds
 

@@ -152,7 +152,7 @@ class Case:
         boxes = torch.from_numpy(self.golden["rpn_rois"])
         rois = modellib.Rois(boxes, torch.zeros(len(boxes), dtype=torch.int64))
         pyramid = self.pyramid[:4]
-        crops = modellib.pyramid_roi_align(pyramid, rois, 7, self.shape)
+        crops = modellib.pyramid_roi_align(pyramid, rois, 7, self.shape, self.model.config)
         ours, theirs = self._samples("roi_align_classifier", crops, per_roi=True)
         yield Difference(
             "crops, worst", np.abs(ours - theirs).max() / root_mean_square(theirs), WORST

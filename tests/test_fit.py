@@ -32,6 +32,7 @@ import model as modellib
 import training
 import utils
 import weights
+from config import Config
 from dataset import TorchDataset, horizontal_flip, make_loader
 
 EPOCHS, STEPS = 3, 3
@@ -621,10 +622,11 @@ def test_accumulation_takes_the_mean_of_the_gradients():
 def test_gradients_do_not_depend_on_which_thread_comes_first():
     """Those of gathered rows would, where threads add to them as they come."""
     torch.manual_seed(0)
-    rpn = modellib.RPN(64, 64, 3, 1)
+    config = Config(TOP_DOWN_PYRAMID_SIZE=64, RPN_CHANNELS=64, NUM_CLASSES=3)
+    rpn = modellib.RPN(config)
     features = [torch.randn(1, 64, n, n, requires_grad=True) for n in (16, 8, 4, 2, 1)]
     anchors = torch.randint(3 * 341, (2048,))  # most pixels are in many of their patches
-    mask = modellib.Mask(64, 14, 3)
+    mask = modellib.Mask(config)
     class_ids = torch.randint(3, (700,))
     boxes = modellib.Rois(torch.rand(700, 2).repeat(1, 2) * 0.5, torch.zeros(700).long())
     boxes.boxes[:, 2:] += 0.3

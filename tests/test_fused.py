@@ -19,6 +19,7 @@ import fused
 import model as modellib
 from fused import convolve, inference
 from model import MaskRCNN
+from presets import TORCHVISION_RESNET
 from winograd import is_compiled
 
 LAST = torch.channels_last
@@ -634,12 +635,12 @@ def test_statistics_and_eps_count(quick, calls):
             assert not equal(found, before) or norm in quick.classifier.children()
 
 
-@pytest.mark.parametrize("style", ["torchvision", "keras"])
-def test_set_backbone_style_is_followed(model, style):
+@pytest.mark.parametrize("changed", [TORCHVISION_RESNET, {}])
+def test_set_backbone_is_followed(model, changed):
     images = molded(model)
-    model.set_backbone_style("torchvision" if style == "keras" else "keras")
+    model.set_backbone({} if changed else TORCHVISION_RESNET)
     before = predict(model, images)
-    model.set_backbone_style(style)
+    model.set_backbone(changed)
     found = predict(model, images)
     assert not same_prediction(found, before)
     assert same_prediction(found, predict(copy.deepcopy(model), images))

@@ -91,5 +91,5 @@ def test_boxes_and_masks_of_utils():
     assert overlaps.is_cuda
     torch.testing.assert_close(overlaps.cpu(), utils.compute_overlaps(boxes, boxes))
     mask = torch.from_numpy(np.random.default_rng(3).random((28, 28))).float()
-    pasted = utils.paste_mask(mask.cuda(), 90, 57)
-    assert (pasted.cpu() == utils.paste_mask(mask, 90, 57)).all()
+    pasted = utils.paste_mask(mask.cuda(), (0, 0, 90, 57), (90, 57))[0]
+    assert (pasted.cpu() == utils.paste_mask(mask, (0, 0, 90, 57), (90, 57))[0]).all()

@@ -16,6 +16,7 @@ import utils
 import weights
 from config import Config
 from model import MaskRCNN, Rois, RPNOutput
+from presets import TORCHVISION_RESNET
 
 UNIT_WINDOW = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
 
@@ -70,7 +71,7 @@ def test_levels_of_rois_follow_equation_1():
     corner = sides / (side - 1)
     boxes = torch.stack([torch.zeros(10), torch.zeros(10), corner, corner], dim=1)
     rois = Rois(boxes, torch.zeros(10, dtype=torch.int64))
-    pooled = modellib.pyramid_roi_align(features, rois, 2, (side, side))
+    pooled = modellib.pyramid_roi_align(features, rois, 2, (side, side), Config())
     expected = [
         2 if s == 0 else min(max(round(4 + math.log2(s * side / 1023 / 224)), 2), 5)
         for s in sides.tolist()
@@ -83,7 +84,7 @@ def test_rois_of_a_batch_come_from_their_own_image_in_order():
     features = [torch.arange(3.0).view(3, 1, 1, 1).expand(3, 1, s, s) for s in (16, 8, 4, 2)]
     index = torch.tensor([2, 0, 1, 2])
     boxes = torch.tensor([[0, 0, 1, 1], [0, 0, 0.1, 0.1], [0.5, 0.5, 1, 1], [0, 0, 0.2, 0.9]])
-    pooled = modellib.pyramid_roi_align(features, Rois(boxes, index), 3, (64, 64))
+    pooled = modellib.pyramid_roi_align(features, Rois(boxes, index), 3, (64, 64), Config())
     assert (pooled == index.view(4, 1, 1, 1)).all()
 
 
@@ -96,7 +97,7 @@ def test_no_box_that_ends_at_the_border_loses_its_last_row():
     boxes = torch.stack([start, 0 * start, end, 0 * start + 0.3], dim=1)
     boxes = torch.cat([boxes, boxes[:, [1, 0, 3, 2]]])
     rois = Rois(boxes, torch.zeros(len(boxes), dtype=torch.int64))
-    pooled = modellib.pyramid_roi_align(features, rois, 7, (1024, 1024))
+    pooled = modellib.pyramid_roi_align(features, rois, 7, (1024, 1024), Config())
     assert pooled.min() > 0.999
 
 
@@ -109,7 +110,9 @@ def test_roi_align_of_the_reference():
     boxes = torch.from_numpy(golden["roi_align/boxes_norm"])
     rois = Rois(boxes, torch.zeros(len(boxes), dtype=torch.int64))
     maps = [x.permute(0, 3, 1, 2).contiguous() for x in features]
-    pooled = modellib.pyramid_roi_align(maps, rois, 7, (256, 256)).permute(0, 2, 3, 1).numpy()
+    pooled = (
+        modellib.pyramid_roi_align(maps, rois, 7, (256, 256), Config()).permute(0, 2, 3, 1).numpy()
+    )
     inside = (golden["roi_align/boxes_norm"][:, 2:] < 1).all(axis=1)
     assert inside.sum() > 20
     np.testing.assert_allclose(pooled[inside], golden["roi_align/out7"][inside], atol=2e-6)
@@ -130,7 +133,7 @@ def test_proposals_of_the_reference():
     score = torch.from_numpy(foreground).double()
     logits = torch.stack([(1 - score).log(), score.log()], dim=2)
     rpn = RPNOutput(logits.float(), torch.from_numpy(deltas))
-    rois = modellib.proposal_layer(rpn, anchors, 300, Config())
+    rois = modellib.proposal_layer(rpn, anchors, UNIT_WINDOW.repeat(2, 1), [count], 300, Config())
     for image in (0, 1):
         boxes = rois.boxes[rois.image_index == image].numpy()
         assert boxes.shape == (300, 4)
@@ -203,7 +206,7 @@ def test_mask_head_gives_the_logits_of_the_class_asked_for(tiny):
     with torch.no_grad():
         logits = tiny.mask(features, rois, torch.arange(3), (128, 128))
         bottom = nn.Sequential(*(tiny.mask.get_submodule(n) for n in ("conv1", "bn1")), nn.ReLU())
-        x = bottom(modellib.pyramid_roi_align(features, rois, 14, (128, 128)))
+        x = bottom(modellib.pyramid_roi_align(features, rois, 14, (128, 128), Config()))
         for i in (2, 3, 4):
             x = tiny.mask.get_submodule(f"conv{i}")(x)
             x = tiny.mask.get_submodule(f"bn{i}")(x).relu()
@@ -418,12 +421,12 @@ def test_config_is_checked_when_the_model_is_built():
         MaskRCNN(TinyConfig(IMAGE_MAX_DIM=100))
 
 
-def test_a_style_that_the_config_refuses_changes_nothing():
+def test_a_backbone_that_the_config_refuses_changes_nothing():
     options = {"IMAGE_CHANNEL_COUNT": 4, "MEAN_PIXEL": (1.0, 2.0, 3.0, 4.0)}
     model = MaskRCNN(TinyConfig(**options))
-    with pytest.raises(ValueError, match="needs IMAGE_CHANNEL_COUNT 3"):
-        model.set_backbone_style("torchvision")
-    assert model.backbone_style == "keras"
+    with pytest.raises(ValueError, match="MEAN_PIXEL must have one number per channel"):
+        model.set_backbone(TORCHVISION_RESNET)
+    assert model.backbone_options["STRIDE_IN_1X1"]
     assert model.mean.flatten().tolist() == [1.0, 2.0, 3.0, 4.0]
     image = np.random.default_rng(0).integers(0, 256, (40, 50, 4), dtype=np.uint8)
     assert model.detect([image])[0]["masks"].shape[:2] == (40, 50)
@@ -437,7 +440,7 @@ def test_a_fresh_model_keeps_its_batch_norm():
     assert torch.equal(model.fpn.C1[1].running_mean, before)
 
 
-def test_a_backbone_of_ones_own_keeps_its_weights_and_takes_the_style():
+def test_a_backbone_of_ones_own_keeps_its_weights_and_follows_its_options():
     def backbone(config):
         stages = modellib.resnet((1, 1, 1, 1), width=8)
         nn.init.constant_(stages[0][0].weight, 0.125)
@@ -446,19 +449,22 @@ def test_a_backbone_of_ones_own_keeps_its_weights_and_takes_the_style():
     model = MaskRCNN(TinyConfig(BACKBONE=backbone))
     assert (model.fpn.C1[0].weight == 0.125).all()
     assert model.rpn.conv_shared.weight.std() > 0
-    model.set_backbone_style("torchvision")
+    model.set_backbone(TORCHVISION_RESNET)
     assert model.fpn.C3[0].conv2.stride == (2, 2)
     assert model.fpn.C1[3].padding == 1
 
 
-def test_two_models_of_one_config_have_styles_of_their_own(tmp_path):
+def test_two_models_of_one_config_have_backbones_of_their_own(tmp_path):
     config = TinyConfig()
     plain, other = MaskRCNN(config), MaskRCNN(config)
-    other.set_backbone_style("torchvision")
+    other.set_backbone(TORCHVISION_RESNET)
     weights.save_weights(plain, tmp_path / "plain.pth")
     weights.save_weights(other, tmp_path / "other.pth")
-    assert MaskRCNN.from_weights(tmp_path / "plain.pth").backbone_style == "keras"
-    assert MaskRCNN.from_weights(tmp_path / "other.pth").backbone_style == "torchvision"
+    assert MaskRCNN.from_weights(tmp_path / "plain.pth").backbone_options["STRIDE_IN_1X1"]
+    other = MaskRCNN.from_weights(tmp_path / "other.pth")
+    assert {name: other.backbone_options[name] for name in TORCHVISION_RESNET} == pytest.approx(
+        TORCHVISION_RESNET
+    )
 
 
 def test_double_and_half_precision(tiny):

@@ -466,10 +466,12 @@ def step(small_h5):
     return golden, model, proposals, roi_targets, losses
 
 
+@pytest.mark.parametrize("options", [{}, {"RPN_CONV_LAYERS": 2, "RPN_SCORE": "sigmoid"}])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_the_rpn_at_some_anchors_is_the_rpn_at_all_of_them(stride):
+def test_the_rpn_at_some_anchors_is_the_rpn_at_all_of_them(stride, options):
     torch.manual_seed(0)
-    rpn = modellib.RPN(6, 8, 3, stride).double()
+    config = Config(TOP_DOWN_PYRAMID_SIZE=6, RPN_CHANNELS=8, RPN_ANCHOR_STRIDE=stride, **options)
+    rpn = modellib.RPN(config).double()
     features = [torch.randn(2, 6, n, 2 * n, dtype=torch.float64) for n in (8, 4, 3, 2, 1)]
     levels = [rpn(feature) for feature in features]
     count = sum(level.logits.shape[1] for level in levels)

@@ -443,6 +443,14 @@ def test_expand_mask_without_instances_or_area():
     assert utils.expand_mask(boxes[:0], mini_masks[:, :, :0], (20, 30)).shape == (20, 30, 0)
 
 
+def paste_mask(mask, height, width):
+    """A mask in a box of this size, which is not in the corner of its image."""
+    box = (5, 3, 5 + height, 3 + width)
+    pasted, corners = utils.paste_mask(mask, box, (200, 200))
+    assert corners == box
+    return pasted
+
+
 @pytest.mark.parametrize("low", [0.0, 0.3, 0.5])
 def test_paste_mask_equals_skimage(low):
     rng = np.random.default_rng(11)
@@ -450,19 +458,19 @@ def test_paste_mask_equals_skimage(low):
         mask = (low + (1 - low) * rng.random((28, 28))).astype(np.float32)
         height, width = (int(n) for n in rng.integers(1, 150, 2))
         expected = skimage_reference(mask, (height, width)) >= 0.5
-        pasted = utils.paste_mask(torch.from_numpy(mask), height, width)
+        pasted = paste_mask(torch.from_numpy(mask), height, width)
         assert pasted.dtype == torch.bool
         np.testing.assert_array_equal(pasted.numpy(), expected)
 
 
 def test_paste_mask_by_hand():
     mask = torch.tensor([[0.0, 1.0]])
-    assert utils.paste_mask(mask, 1, 2).tolist() == [[False, True]]
-    assert utils.paste_mask(mask, 1, 3).tolist() == [[False, True, True]]  # 0.5 counts
-    assert utils.paste_mask(mask, 3, 1).tolist() == [[False], [True], [False]]  # 1/3, 1/2, 1/3
-    assert utils.paste_mask(torch.full((28, 28), 0.5), 101, 67).all()
-    assert not utils.paste_mask(torch.full((28, 28), 0.499), 101, 67).any()
-    assert utils.paste_mask(mask, 0, 4).shape == (0, 4)
+    assert paste_mask(mask, 1, 2).tolist() == [[False, True]]
+    assert paste_mask(mask, 1, 3).tolist() == [[False, True, True]]  # 0.5 counts
+    assert paste_mask(mask, 3, 1).tolist() == [[False], [True], [False]]  # 1/3, 1/2, 1/3
+    assert paste_mask(torch.full((28, 28), 0.5), 101, 67).all()
+    assert not paste_mask(torch.full((28, 28), 0.499), 101, 67).any()
+    assert paste_mask(mask, 0, 4).shape == (0, 4)
 
 
 def test_unmold_mask_places_the_box():
