@@ -34,7 +34,7 @@ import training
 import utils
 import weights
 from augmentation import Augmentation
-from config import Config
+from config import BACKBONE_OPTIONS, Config
 from dataset import check_batch
 from fused import convolve
 from losses import (
@@ -635,7 +635,7 @@ class MaskRCNN(nn.Module):
         self.run = checkpoints.Run()
         self._anchors: dict[tuple, tuple[Tensor, Tensor]] = {}
         self._initialize_weights()
-        self.set_backbone_style(config.BACKBONE_STYLE)
+        self.set_backbone({name: getattr(config, name) for name in BACKBONE_OPTIONS})
         self.train(mode != "inference")
 
     def _initialize_weights(self) -> None:
@@ -937,40 +937,24 @@ class MaskRCNN(nn.Module):
 
     # --- Weights
 
-    def set_backbone_style(self, style: str) -> None:
-        """Makes the ResNet compute what its weights were trained with.
+    backbone_options: dict[str, Any]
 
-        Called by load_weights. config.BACKBONE_STYLE is where a new model starts; what came of it
-        is kept in backbone_style and in checkpoints.
-
-        Args:
-            style: "keras" (stride in the first 1 x 1 convolution of a stage, SAME padding of the
-                pooling, BatchNorm eps 1e-3, images minus MEAN_PIXEL) or "torchvision" (stride in
-                the 3 x 3 convolution, symmetric padding, eps 1e-5, torchvision's mean and std).
-
-        Raises:
-            ValueError: no such style, or one that the config does not allow.
-        """
-        # In a copy, since other models may share the config.
-        wanted = copy.copy(self.config)
-        wanted.BACKBONE_STYLE = style
-        wanted.validate()
-        self.backbone_style = style
-        torchvision = style == "torchvision"
-        mean = TORCHVISION_MEAN if torchvision else self.config.MEAN_PIXEL
-        std = TORCHVISION_STD if torchvision else [1.0] * len(mean)
-        self.mean.copy_(torch.tensor(mean).view(-1, 1, 1))
+    def set_backbone(self, options: Mapping[str, Any]) -> None:
+        """STUB of the branch that reads weights; the network of the other branch replaces it."""
+        self.backbone_options = {**getattr(self, "backbone_options", {}), **options}
+        chosen = self.backbone_options
+        std = chosen["STD_PIXEL"] or [1.0] * len(chosen["MEAN_PIXEL"])
+        self.mean.copy_(torch.tensor(chosen["MEAN_PIXEL"]).view(-1, 1, 1))
         self.std.copy_(torch.tensor(std).view(-1, 1, 1))
         for module in self.fpn.modules():
             if isinstance(module, BatchNorm2d):
-                module.eps = 1e-5 if torchvision else 1e-3
+                module.eps = chosen["BATCH_NORM_EPS"]
             elif isinstance(module, StemPool):
-                module.padding, module.ceil_mode = (1, False) if torchvision else (0, True)
+                same = chosen["STEM_POOL_PADDING"] == "same"
+                module.padding, module.ceil_mode = (0, True) if same else (1, False)
             elif isinstance(module, Bottleneck):
-                # The strides of the first block of C3, C4 and C5 are 2 and 1, or 1 and 2.
-                strides = sorted(
-                    [module.conv1.stride, module.conv2.stride], reverse=not torchvision
-                )
+                strides = [module.conv1.stride, module.conv2.stride]
+                strides.sort(reverse=chosen["STRIDE_IN_1X1"])
                 module.conv1.stride, module.conv2.stride = strides
 
     def load_weights(
