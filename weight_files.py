@@ -1,8 +1,9 @@
 """What a weight file holds, whatever its format, under the names of model.MaskRCNN.
 
 Formats, recognised by content: Matterport's Keras .h5 (models of any class count, and the ResNet-50
-"notop" file), .pth files of the port, own checkpoints, torchvision's ResNets, and safetensors of
-any of these names. What else people take for weights gets words that help.
+"notop" file), .pth files of the port, own checkpoints, torchvision's and detectron2's Mask R-CNN
+and ResNets (.pth, .pkl), and safetensors of any of these names. What else people take for weights
+gets words that help.
 
 A file is not trusted: nothing in it is executed, no other file is read, and what it declares is
 compared with its size before memory is taken.
@@ -17,14 +18,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+import families
 import keras_h5
+import pickles
+from config import RESNETS
 from downloads import SOURCES, existing, printable
+from presets import KERAS_RESNET, TORCHVISION_RESNET
 
-RESNETS: dict[tuple[int, ...], str] = {(3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101"}
-STYLES = ("keras", "torchvision")
+# What BACKBONE_STYLE, an option of version 1.0, stands for.
+STYLES = {"keras": KERAS_RESNET, "torchvision": TORCHVISION_RESNET}
 
 
 class WeightFile(NamedTuple):
@@ -33,11 +39,12 @@ class WeightFile(NamedTuple):
     Attributes:
         path: where it was read.
         state_dict: name -> tensor on the CPU.
-        format: "keras", "torchvision", "safetensors", "pytorch" (a plain state_dict) or
-            "checkpoint".
-        config: what the file tells about its model; always has BACKBONE_STYLE.
-        zeroed: convolution biases of the backbone and BatchNorm shifts (Keras' center=False) that
-            the file does not have; 0 in state_dict.
+        format: "keras", "safetensors", "pytorch" (a plain state_dict), "checkpoint", or one of
+            families.FORMATS.
+        config: what the file tells about its model; always has STRIDE_IN_1X1, BATCH_NORM_EPS,
+            STEM_POOL_PADDING and STD_PIXEL, as the ResNet needs them.
+        zeroed: convolution biases and BatchNorm shifts (Keras' center=False) that the file does
+            not have; 0 in state_dict.
         training: what a checkpoint of a run holds besides, see training.py; else None.
         unscaled: BatchNorm scales that the file does not have (Keras' scale=False); 1 in
             state_dict.
@@ -59,28 +66,25 @@ class _Content(NamedTuple):
     format: str
     config: dict[str, Any]
     training: dict[str, Any] | None = None
+    author: object = None  # what a .pkl says of who wrote it
 
 
 # Our modules; those of a backbone that is a callable may have any name below fpn.C1 to fpn.C5.
 _MODULES = (
-    r"fpn\.(?:C[1-5]|P[2-5]_conv[12])|rpn\.conv_(?:shared|class|bbox)"
-    r"|classifier\.(?:conv[12]|bn[12]|linear_class|linear_bbox)|mask\.(?:conv[1-5]|bn[1-4]|deconv)"
+    r"fpn\.(?:C[1-5]|P[2-5]_(?:conv|bn)[12])|rpn\.conv_(?:shared\d*|class|bbox)"
+    r"|classifier\.(?:convs\.\d+\.[01]|conv[12]|bn[12]|linear_class|linear_bbox)"
+    r"|mask\.(?:conv[1-5]|bn[1-4]|deconv)"
 )
 _OURS = re.compile(rf"(?:{_MODULES})\..+", re.DOTALL)
 # What comes before the names where a model is part of another module: module. (DataParallel),
-# model. (Lightning) and so on. A ResNet of torchvision is known by a block of three convolutions.
-_PREFIX = re.compile(rf"(.*\.|)(?:(?:{_MODULES})\.|layer1\.0\.conv3\.weight$)", re.DOTALL)
-_FOREIGN = {
-    "Detectron2": r"backbone\.bottom_up\.|proposal_generator\.",
-    "maskrcnn-benchmark": r"backbone\.body\.stem\.|roi_heads\.\w+\.feature_extractor\.",
-    "torchvision": r"backbone\.body\.|rpn\.head\.",
-    "MMDetection": r"neck\.|rpn_head\.|roi_head\.|bbox_head\.",
-}
+# model. (Lightning) and so on.
+_PREFIX = re.compile(rf"(.*\.|)(?:{_MODULES})\.", re.DOTALL)
 # Where training programs put the state_dict among other things.
 _CONTAINERS = (
     *("model", "state_dict", "model_state_dict", "model_state", "net", "network"),
-    *("weights", "module"),
+    *("weights", "module", "blobs"),
 )
+_PICKLE = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # a pickled number; before torch 1.6
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -103,31 +107,36 @@ def read_state_dict(path: str | Path) -> WeightFile:
         content = _read_torch(path)
     elif head.startswith(_OLD_TORCH):
         content = _read_torch(path)
+    elif head.startswith(_PICKLE) or (path.suffix == ".pkl" and head[:1] in (b"(", b"}")):
+        content = _read_pickle(path)
     elif head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size:
         content = _read_safetensors(path)
     else:
         raise ValueError(f"{path} {_what_else(path, head)}")
-    state, kind, config, training = content
+    state, kind, config, training, author = content
     # Some more tensors may be there, of another branch or a second model.
     if sum(_OURS.fullmatch(key) is not None for key in state) * 4 < max(len(state), 1):
         raise ValueError(
-            f"{path} holds neither Mask R-CNN weights nor a ResNet-50 or ResNet-101; "
+            f"{path} holds neither Mask R-CNN weights nor a ResNet of 50 layers or more; "
             f"its tensors: {group_names(state) or 'none'}"
         )
     # The bytes of a Keras file were counted before they were read.
     size = path.stat().st_size
     _check_tensors(path, state, None if kind == "keras" else keras_h5.MOST_EXPANSION * size)
-    config.setdefault("BACKBONE_STYLE", "torchvision" if kind == "torchvision" else "keras")
-    if config["BACKBONE_STYLE"] not in STYLES:
-        raise ValueError(
-            f"{path} must have a BACKBONE_STYLE of {' or '.join(STYLES)} in its config, got "
-            f"{config['BACKBONE_STYLE']!r:.80}; use another checkpoint"
-        )
+    if kind in families.FORMATS:
+        try:
+            state, options = families.convert(kind, state, author)
+        except families.Refused as error:
+            raise ValueError(f"{path} {error}") from error
+        whole = "classifier.linear_class.weight" in state
+        shapes = options_of_shapes(path, state) if whole else {}
+        config = options | shapes | config
+    _set_backbone_options(path, config)
 
     zeroed: list[str] = []
     unscaled: list[str] = []
-    if kind in ("keras", "torchvision"):
-        zeroed = _add_biases(state)
+    if kind == "keras" or kind in families.FORMATS:
+        zeroed = _add_biases(state, "fpn.C" if kind == "keras" else "")
     if kind == "keras":
         norms = [key.removesuffix(".running_mean") for key in state if "running_mean" in key]
         for leaf, value, added in (("bias", 0.0, zeroed), ("weight", 1.0, unscaled)):
@@ -139,12 +148,31 @@ def read_state_dict(path: str | Path) -> WeightFile:
     return WeightFile(path, state, kind, config, zeroed, training, unscaled)
 
 
-def _add_biases(state: dict[str, Tensor]) -> list[str]:
-    """Gives the backbone's convolutions a bias of 0 where they have none; returns which."""
+def _set_backbone_options(path: Path, config: dict[str, Any]) -> None:
+    """Fills in what the ResNet needs; BACKBONE_STYLE was one option for all of that."""
+    style = config.pop("BACKBONE_STYLE", None)
+    if style is not None:
+        if not isinstance(style, str) or style not in STYLES:
+            raise ValueError(
+                f"{path} must have a BACKBONE_STYLE of {' or '.join(STYLES)} in its config, got "
+                f"{style!r:.80}; use another checkpoint"
+            )
+        config |= STYLES[style]
+    for name, value in KERAS_RESNET.items():
+        config.setdefault(name, value)
+
+
+def _add_biases(state: dict[str, Tensor], start: str) -> list[str]:
+    """Gives our convolutions a bias of 0 where they have none; returns which.
+
+    Args:
+        start: of their names.
+    """
     added = []
     for key, tensor in list(state.items()):
         bias = re.sub(r"weight$", "bias", key)
-        if key.startswith("fpn.C") and tensor.ndim == 4 and bias not in state:
+        ours = key.startswith(start) and _OURS.fullmatch(key)
+        if ours and tensor.ndim == 4 and bias != key and bias not in state:
             state[bias] = tensor.new_zeros(len(tensor))
             added.append(bias)
     return added
@@ -157,10 +185,67 @@ def blocks_of(keys: Iterable[str]) -> tuple[int, ...]:
     return tuple(sum(stage == number for stage, _ in blocks) for number in "2345")
 
 
-def depth_in_words(blocks: tuple[int, ...]) -> str:
+def backbone_of(state: Mapping[str, Tensor]) -> str | dict[str, Any] | None:
+    """What BACKBONE calls the ResNet of these tensors; None without its first convolution."""
+    stem, inner = state.get("fpn.C1.0.weight"), state.get("fpn.C2.0.conv2.weight")
+    if stem is None or stem.ndim != 4:
+        return None
+    sizes: dict[str, Any] = {"blocks": blocks_of(state), "width": stem.shape[0]}
+    if inner is not None and inner.ndim == 4 and inner.shape[1]:
+        groups, width = inner.shape[0] // inner.shape[1], inner.shape[1]
+        if (groups, width) != (1, stem.shape[0]):
+            sizes |= {"groups": groups, "width_per_group": width}
+    return next((name for name, known in RESNETS.items() if known == sizes), sizes)
+
+
+def depth_in_words(state: Mapping[str, Tensor]) -> str:
     """Blocks in words: 3-4-6-3 blocks (resnet50)."""
-    name = f" ({RESNETS[blocks]})" if blocks in RESNETS else ""
-    return "-".join(map(str, blocks)) + " blocks" + name
+    name = backbone_of(state)
+    return (
+        "-".join(map(str, blocks_of(state)))
+        + " blocks"
+        + (f" ({name})" if isinstance(name, str) else "")
+    )
+
+
+# The layers whose shapes tell options, and their dimensions.
+SIZES = {"fpn.C1.0": 4, "fpn.P2_conv1": 4, "rpn.conv_shared": 4, "classifier.linear_class": 2}
+
+
+def options_of_shapes(path: Path, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Options of Config that the tensors tell, as far as they are there."""
+    shapes = {}
+    for module, dimensions in SIZES.items():
+        if (tensor := state.get(f"{module}.weight")) is not None:
+            if tensor.ndim != dimensions:
+                raise ValueError(
+                    f"{path} must have {dimensions} dimensions in {module}.weight, got "
+                    f"{tuple(tensor.shape)}; use a file of a Mask R-CNN of this kind"
+                )
+            shapes[module] = tensor.shape
+    modules = {key.rpartition(".")[0] for key in state}
+    options: dict[str, Any] = {}
+    if "fpn.C1.0" in shapes:
+        options["BACKBONE"] = backbone_of(state)
+    if "fpn.P2_conv1" in shapes:
+        options["TOP_DOWN_PYRAMID_SIZE"] = shapes["fpn.P2_conv1"][0]
+        options["FPN_BATCH_NORM"] = "fpn.P2_bn1" in modules
+    if "rpn.conv_shared" in shapes:
+        options["RPN_CHANNELS"] = shapes["rpn.conv_shared"][0]
+        options["RPN_CONV_LAYERS"] = sum(name.startswith("rpn.conv_shared") for name in modules)
+    if "classifier.linear_class" in shapes:
+        classes, channels = shapes["classifier.linear_class"]
+        options |= {"NUM_CLASSES": classes, "FPN_CLASSIF_FC_LAYERS_SIZE": channels}
+    first = state.get("classifier.conv1.weight")
+    if first is not None and first.ndim == 4:
+        layers = {name for name in modules if re.fullmatch(r"classifier\.convs\.\d+\.0", name)}
+        options["POOL_SIZE"] = first.shape[2]
+        options["CLASSIFIER_CONV_LAYERS"] = len(layers)
+        options["CLASSIFIER_FC_LAYERS"] = 2 if "classifier.conv2" in modules else 1
+        options["HEAD_FC_BATCH_NORM"] = "classifier.bn1" in modules
+    if "mask.conv1" in modules:
+        options["HEAD_CONV_BATCH_NORM"] = "mask.bn1" in modules
+    return options
 
 
 def group_names(keys: Iterable[str], limit: int = 6) -> str:
@@ -201,6 +286,35 @@ def _read_safetensors(path: Path) -> _Content:
     return content._replace(state={key: tensor.clone() for key, tensor in content.state.items()})
 
 
+def _read_pickle(path: Path) -> _Content:
+    try:
+        data = pickles.read_pickle(path)
+    except pickles.Refused as error:
+        raise ValueError(
+            f"{path} is a pickle that {error}: it may hold arrays of numbers and plain values "
+            "alone; if you trust its origin, load it yourself and save a state_dict with torch.save"
+        ) from error
+    except Exception as error:  # a damaged file fails in many ways
+        raise ValueError(_damage(path, error)) from error
+    arrays = _state_dict_in(data, np.ndarray)
+    if arrays is None:
+        raise ValueError(f"{path} must hold a dict of arrays, {_containers(data)}")
+    state, left = {}, path.stat().st_size
+    for key in list(arrays):
+        array = arrays.pop(key)  # one after the other, since they are copied
+        if isinstance(array, np.ndarray):
+            left -= array.nbytes
+            if left < 0:
+                raise ValueError(
+                    f"{path} has arrays of more bytes than it has itself, with {array.shape} for "
+                    f"{printable(str(key))}; save each array once"
+                )
+            native = array.astype(array.dtype.newbyteorder("="), order="C", copy=True)
+            state[key] = torch.from_numpy(native)
+    author = data.get("__author__")
+    return _named(path, state, _Content({}, "pytorch", {}, author=author))
+
+
 def _read_torch(path: Path) -> _Content:
     try:
         with warnings.catch_warnings():
@@ -214,13 +328,9 @@ def _read_torch(path: Path) -> _Content:
         ) from error
     except Exception as error:
         raise ValueError(_damage(path, error)) from error
-    state = {} if data == {} else _state_dict_in(data)
+    state = {} if data == {} else _state_dict_in(data, Tensor)
     if state is None:
-        names = ", ".join(map(str, list(data)[:20])) if isinstance(data, dict) else ""
-        raise ValueError(
-            f"{path} must hold a state_dict, alone or under {', '.join(map(repr, _CONTAINERS))}, "
-            f"got {printable(names) or type(data).__name__}; save model.state_dict() alone"
-        )
+        raise ValueError(f"{path} must hold a state_dict, {_containers(data)}")
     content = _Content({}, "pytorch", {})
     if "config" in data and data.get("model") is state:
         config, training = data["config"] or {}, data.get("training")
@@ -235,14 +345,25 @@ def _read_torch(path: Path) -> _Content:
     return _named(path, state, content)
 
 
-def _state_dict_in(data: Any, levels: int = 3) -> Mapping[Any, Tensor] | None:
-    """The first dict of tensors in what a file holds."""
+def _state_dict_in(data: Any, kind: type, levels: int = 3) -> Any:
+    """The first dict of tensors, or of arrays, in what a file holds."""
     if not isinstance(data, Mapping) or levels == 0:
         return None
-    if data and all(isinstance(item, Tensor) for item in data.values()):
+    # The oldest .pkl files have an array beside each of plain values.
+    fits = any if kind is np.ndarray else all
+    if data and fits(isinstance(item, kind) for item in data.values()):
         return data
-    found = (_state_dict_in(data.get(name), levels - 1) for name in _CONTAINERS)
+    found = (_state_dict_in(data.get(name), kind, levels - 1) for name in _CONTAINERS)
     return next((state for state in found if state is not None), None)
+
+
+def _containers(data: Any) -> str:
+    """Where a state_dict may be, and what there is instead."""
+    names = ", ".join(map(str, list(data)[:20])) if isinstance(data, dict) else ""
+    return (
+        f"alone or under {', '.join(map(repr, _CONTAINERS))}, got "
+        f"{printable(names) or type(data).__name__}; save model.state_dict() alone"
+    )
 
 
 def _is_plain(config: dict[Any, Any]) -> bool:
@@ -268,45 +389,35 @@ def _is_plain(config: dict[Any, Any]) -> bool:
 def _named(path: Path, tensors: Mapping[Any, Tensor], content: _Content) -> _Content:
     """The tensors under our names; `content` is what is known of the file besides."""
     names = {str(key).replace("_orig_mod.", ""): tensor for key, tensor in tensors.items()}
+    counted = any("backbone.body.bn1.num_batches_tracked" in key for key in names)
     names = {key: t for key, t in names.items() if not key.endswith("num_batches_tracked")}
     found = Counter(match[1] for key in names if (match := _PREFIX.match(key)))
     prefix = max(found, key=found.__getitem__, default="")  # the first of those as frequent
-    if not any(_OURS.fullmatch(key.removeprefix(prefix)) for key in names):
-        _refuse_others(path, names)
+    renamed = {key: key.removeprefix(prefix) for key in names}
+    if not any(_OURS.fullmatch(name) for name in renamed.values()):
+        try:
+            family = families.recognise(names)
+        except families.Refused as error:
+            raise ValueError(f"{path} {error}") from error
+        if family is not None:
+            kind, prefix = family
+            ours = families.rename(kind, [key.removeprefix(prefix) for key in names])
+            renamed = {key: ours[key.removeprefix(prefix)] for key in names}
+            config = dict(content.config)
+            if kind == families.TORCHVISION and counted:
+                # Its own BatchNorm; the published one is frozen, and has an epsilon of 0.
+                config["BATCH_NORM_EPS"] = TORCHVISION_RESNET["BATCH_NORM_EPS"]
+            content = content._replace(format=kind, config=config)
     state: dict[str, Tensor] = {}
-    for key, tensor in names.items():
-        name = key.removeprefix(prefix)
+    for key, name in renamed.items():
         if name in state:
             raise ValueError(
-                f"{path} has two tensors for {printable(name)}, with and without "
-                f"{printable(prefix)!r}; save one state_dict"
+                f"{path} has two tensors for {printable(name)}, one of them {printable(key)!r}; "
+                "save one state_dict"
             )
-        state[name] = tensor.detach()
-    if {"conv1.weight", "layer1.0.conv3.weight"} <= state.keys():
-        return _Content(_from_torchvision(state), "torchvision", content.config)
+        if name:
+            state[name] = names[key].detach()
     return content._replace(state=state)
-
-
-def _refuse_others(path: Path, names: Iterable[str]) -> None:
-    for program, pattern in _FOREIGN.items():
-        if any(re.match(rf"(?:\w+\.)*?(?:{pattern})", name) for name in names):
-            raise ValueError(
-                f"{path} holds weights of a network of {program}, which is built otherwise than "
-                f"this library's Mask R-CNN and cannot be converted; run it with {program}, or "
-                "start from 'coco' or 'imagenet'"
-            )
-
-
-def _from_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """layer1.0.conv2.weight -> fpn.C2.0.conv2.weight; without the classifier fc."""
-    renamed = {}
-    for key, tensor in state.items():
-        key = re.sub(r"^conv1\.", "fpn.C1.0.", key)
-        key = re.sub(r"^bn1\.", "fpn.C1.1.", key)
-        key = re.sub(r"^layer(\d)\.", lambda match: f"fpn.C{int(match[1]) + 1}.", key)
-        if not key.startswith("fc."):
-            renamed[key] = tensor
-    return renamed
 
 
 # --- Checks --------------------------------------------------------------------------------------
@@ -429,18 +540,12 @@ def _what_else(path: Path, head: bytes) -> str:
         return "is a web page, saved in place of the file; download the file itself"
     if head.startswith(_PACKED) or head[257:262] == b"ustar":
         return "is a packed archive; unpack it and give the weight file in it"
-    if head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
-        return (
-            "is a pickle that torch.save did not write, and is not opened, since that could run "
-            "code; if you trust its origin (Detectron2's .pkl is another network), load it "
-            "yourself and save a state_dict with torch.save"
-        )
     if path.suffix in (".pb", ".index", ".meta", ".onnx", ".tflite") or ".data-000" in path.name:
         return (
             f"is part of another program's model ({printable(path.name)}); load that with Keras "
             "and write it as .h5: model.save('model.h5')"
         )
     return (
-        f"is neither HDF5 (.h5) nor a torch file (.pth) nor safetensors: {size:,} bytes, starting "
-        f"with {head[:8]!r}; download or copy it again"
+        f"is neither HDF5 (.h5) nor a torch file (.pth) nor safetensors nor a pickle of arrays "
+        f"(.pkl): {size:,} bytes, starting with {head[:8]!r}; download or copy it again"
     )

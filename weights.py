@@ -20,14 +20,16 @@ from torch import Tensor, nn
 
 import cli
 import utils
+from config import BACKBONE_OPTIONS, RESNETS
 from downloads import SOURCES, Source, cache_folder, download, existing, fetch, find_weights
 from keras_h5 import KERAS_LAYERS, WEIGHTLESS_LAYERS, keras_module
 from weight_files import (
-    RESNETS,
+    SIZES,
     WeightFile,
     blocks_of,
     depth_in_words,
     group_names,
+    options_of_shapes,
     printable,
     read_state_dict,
 )
@@ -53,11 +55,9 @@ __all__ = [
 
 VERSION = "1.0.0"  # of the library, as in pyproject.toml
 
-# The convolution that the image goes into, the layers with a part for each class, and those whose
-# shapes tell options, with their dimensions.
+# The convolution that the image goes into, and the layers with a part for each class.
 STEM = "fpn.C1.0.weight"
 CLASS_MODULES = {"classifier.linear_class", "classifier.linear_bbox", "mask.conv5"}
-SIZES = {"fpn.C1.0": 4, "fpn.P2_conv1": 4, "rpn.conv_shared": 4, "classifier.linear_class": 2}
 
 
 # Loading and saving
@@ -97,8 +97,9 @@ def load_weights(
 ) -> LoadReport:
     """Copies the tensors of a weight file into the model, all or (on an error) none of them.
 
-    The backbone's style (stride position, BatchNorm epsilon, input scaling) follows the file that
-    the backbone comes from, through `model.set_backbone_style` where the model has it.
+    What the ResNet needs (place of the stride, BatchNorm epsilon, border, mean and deviation of
+    the pixels) follows the file that it comes from, through `model.set_backbone` where the model
+    has it.
 
     Args:
         model: MaskRCNN, or a module with state_dict keys of the same pattern.
@@ -139,9 +140,12 @@ def load_weights(
     )
 
     _check_fit(report, found, wanted, skip_mismatched)
-    set_backbone_style = getattr(model, "set_backbone_style", None)
-    if set_backbone_style and any(key.startswith("fpn.C") for key in loaded):
-        set_backbone_style(file.config["BACKBONE_STYLE"])
+    set_backbone = getattr(model, "set_backbone", None)
+    if set_backbone and any(key.startswith("fpn.C") for key in loaded):
+        options = {name: file.config[name] for name in BACKBONE_OPTIONS if name in file.config}
+        if STEM not in loaded:  # which takes the pixels
+            options = {k: v for k, v in options.items() if k not in ("MEAN_PIXEL", "STD_PIXEL")}
+        set_backbone(options)
     with torch.no_grad():
         for key in loaded:
             target[key].copy_(found[key])
@@ -157,8 +161,8 @@ def _check_fit(
     blocks, model_blocks = blocks_of(found), blocks_of(wanted)
     if any(blocks) and any(model_blocks) and blocks != model_blocks:
         raise ValueError(
-            f"{path} has a backbone of {depth_in_words(blocks)}, the model one of "
-            f"{depth_in_words(model_blocks)}; set BACKBONE to that of the file, or load a file for "
+            f"{path} has a backbone of {depth_in_words(found)}, the model one of "
+            f"{depth_in_words(wanted)}; set BACKBONE to that of the file, or load a file for "
             "that of the model"
         )
     if mismatched and not skip_mismatched:
@@ -205,7 +209,7 @@ def save_weights(
     """
     config = getattr(model, "config", None)
     values = plain(config.to_dict()) if config else {}
-    values["BACKBONE_STYLE"] = getattr(model, "backbone_style", "keras")
+    values |= plain(getattr(model, "backbone_options", {}))
     _save_checkpoint(model.state_dict(), values, path, training)
 
 
@@ -266,11 +270,11 @@ def read_options(path: str | Path | WeightFile) -> dict[str, Any]:
     """
     file = path if isinstance(path, WeightFile) else read_state_dict(path)
     state, config = file.state_dict, file.config
-    known = _options_of_shapes(file)
+    known = options_of_shapes(file.path, state)
     if file.format == "checkpoint" and "BACKBONE" in config:
         for name, value in known.items():
-            told = _backbone(config[name]) if name == "BACKBONE" else config.get(name, value)
-            if told is not None and told != (_backbone(value) if name == "BACKBONE" else value):
+            told = _sizes(config[name]) if name == "BACKBONE" else config.get(name, value)
+            if told is not None and told != (_sizes(value) if name == "BACKBONE" else value):
                 raise ValueError(
                     f"{file.path} holds a model of {name} {value!r}, but its config says "
                     f"{printable(repr(config[name]))}; use another checkpoint"
@@ -282,38 +286,18 @@ def read_options(path: str | Path | WeightFile) -> dict[str, Any]:
     return {**known, **config}
 
 
-def _options_of_shapes(file: WeightFile) -> dict[str, Any]:
-    """What the shapes of the tensors tell, as far as they are there."""
-    shapes = {}
-    for module, dimensions in SIZES.items():
-        if (tensor := file.state_dict.get(f"{module}.weight")) is not None:
-            if tensor.ndim != dimensions:
-                raise ValueError(
-                    f"{file.path} must have {dimensions} dimensions in {module}.weight, got "
-                    f"{tuple(tensor.shape)}; use a file of a Mask R-CNN of this kind"
-                )
-            shapes[module] = tensor.shape
-    options: dict[str, Any] = {}
-    if "fpn.C1.0" in shapes:
-        blocks, width = blocks_of(file.state_dict), shapes["fpn.C1.0"][0]
-        named = RESNETS.get(blocks) if width == 64 else None
-        options["BACKBONE"] = named or {"blocks": blocks, "width": width}
-    if "classifier.linear_class" in shapes:
-        classes, channels = shapes["classifier.linear_class"]
-        options |= {"NUM_CLASSES": classes, "FPN_CLASSIF_FC_LAYERS_SIZE": channels}
-    if "fpn.P2_conv1" in shapes:
-        options["TOP_DOWN_PYRAMID_SIZE"] = shapes["fpn.P2_conv1"][0]
-    if "rpn.conv_shared" in shapes:
-        options["RPN_CHANNELS"] = shapes["rpn.conv_shared"][0]
-    return options
-
-
-def _backbone(option: Any) -> tuple[Any, Any] | None:
-    """Blocks and width of BACKBONE; None for a function, which a checkpoint has by its name."""
-    if isinstance(option, dict):
-        blocks = option.get("blocks")
-        return tuple(blocks) if isinstance(blocks, list | tuple) else blocks, option.get("width")
-    return next(((blocks, 64) for blocks, name in RESNETS.items() if name == option), None)
+def _sizes(option: Any) -> dict[str, Any] | None:
+    """BACKBONE as a dict of all sizes; None for a function, which a checkpoint has by its name."""
+    sizes = RESNETS.get(option) if isinstance(option, str) else option
+    if not isinstance(sizes, dict):
+        return None
+    blocks, width = sizes.get("blocks"), sizes.get("width")
+    return {
+        "groups": 1,
+        "width_per_group": width,
+        **sizes,
+        "blocks": tuple(blocks) if isinstance(blocks, list | tuple) else blocks,
+    }
 
 
 # Command line
@@ -325,7 +309,7 @@ def convert(source: str | Path, target: str | Path) -> None:
     if target.suffix != ".pth" or (target.exists() and target.samefile(source)):
         raise ValueError(f"OUT must end in .pth and be another file than IN, got {target}")
     file = read_state_dict(source)
-    _save_checkpoint(file.state_dict, file.config, target)
+    _save_checkpoint(file.state_dict, plain(file.config), target)
 
 
 def describe(path: str | Path) -> str:
@@ -334,7 +318,10 @@ def describe(path: str | Path) -> str:
     state, kind, config = file.state_dict, file.format, file.config
     numbers = sum(tensor.numel() for tensor in state.values())
     head, blocks = state.get("classifier.linear_class.weight"), blocks_of(state)
-    backbone = f"{depth_in_words(blocks)}, style {config['BACKBONE_STYLE']}"
+    backbone = (
+        f"{depth_in_words(state)}, stride in the {'1x1' if config['STRIDE_IN_1X1'] else '3x3'} "
+        f"convolution, BatchNorm epsilon {config['BATCH_NORM_EPS']:g}"
+    )
     return (
         f"{path}: format {kind}, {len(state)} tensors, {numbers:,} numbers\n"
         f"backbone: {backbone if any(blocks) else 'none of residual blocks'}\n"
