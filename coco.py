@@ -31,7 +31,7 @@ from coco_dataset import CocoDataset
 from coco_dataset import LoadSummary as LoadSummary
 from coco_download import SUBSETS
 from coco_download import download as download
-from config import Config
+from config import RESNETS, Config
 from dataset import horizontal_flip
 from evaluation import build_coco_results as build_coco_results
 from evaluation import evaluate_coco, evaluator
@@ -448,7 +448,7 @@ def add_model_options(parser: cli.Parser, command: str) -> None:
     add("--logs", default="logs", metavar="DIR", help="holds the checkpoints; default: logs")
     if command == "train":
         text = "of a new model; default: resnet101"
-        add("--backbone", dest="BACKBONE", choices=tuple(modellib.BLOCKS), help=text)
+        add("--backbone", dest="BACKBONE", choices=tuple(RESNETS), help=text)
     text = "images at once, in each process"
     add("--batch", dest="IMAGES_PER_GPU", type=cli.whole(1), metavar="N", help=text)
     cli.add_device(group)

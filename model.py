@@ -107,12 +107,11 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 class Convolution(nn.Sequential):
-    """A convolution and, if there is one, its BatchNorm."""
+    """A convolution and, if there is one, its BatchNorm, which may be kept elsewhere."""
 
-    def forward(self, x: Tensor, relu: bool = False) -> Tensor:
+    def forward(self, x: Tensor, norm: nn.Module | None = None, relu: bool = False) -> Tensor:
         modules: list[Any] = list(self)
-        conv, norm = modules if len(modules) == 2 else (modules[0], None)
-        return convolve(conv, x, norm, relu)
+        return convolve(modules[0], x, modules[1] if len(modules) == 2 else norm, relu)
 
 
 class Bottleneck(nn.Module):
@@ -227,13 +226,17 @@ class FPN(nn.Module):
 
         def smooth() -> Convolution:
             # The port: a padding layer came first, hence the key P2_conv2.1.weight.
-            layers = {"1": nn.Conv2d(channels, channels, 3, padding=1), "2": norm()}
-            return Convolution(OrderedDict({k: v for k, v in layers.items() if v is not None}))
+            conv = nn.Conv2d(channels, channels, 3, padding=1)
+            return Convolution(OrderedDict({"1": conv}))
 
-        self.P5_conv1, self.P5_bn1, self.P5_conv2 = nn.Conv2d(c5, channels, 1), norm(), smooth()
-        self.P4_conv1, self.P4_bn1, self.P4_conv2 = nn.Conv2d(c4, channels, 1), norm(), smooth()
-        self.P3_conv1, self.P3_bn1, self.P3_conv2 = nn.Conv2d(c3, channels, 1), norm(), smooth()
-        self.P2_conv1, self.P2_bn1, self.P2_conv2 = nn.Conv2d(c2, channels, 1), norm(), smooth()
+        self.P5_conv1, self.P5_bn1 = nn.Conv2d(c5, channels, 1), norm()
+        self.P4_conv1, self.P4_bn1 = nn.Conv2d(c4, channels, 1), norm()
+        self.P3_conv1, self.P3_bn1 = nn.Conv2d(c3, channels, 1), norm()
+        self.P2_conv1, self.P2_bn1 = nn.Conv2d(c2, channels, 1), norm()
+        self.P5_conv2, self.P5_bn2 = smooth(), norm()
+        self.P4_conv2, self.P4_bn2 = smooth(), norm()
+        self.P3_conv2, self.P3_bn2 = smooth(), norm()
+        self.P2_conv2, self.P2_bn2 = smooth(), norm()
 
     @torch.no_grad()
     def _channels(self, in_channels: int) -> list[int]:
@@ -262,8 +265,8 @@ class FPN(nn.Module):
         p3 = convolve(self.P3_conv1, c3, self.P3_bn1, add=F.interpolate(p4, scale_factor=2.0))
         p2 = convolve(self.P2_conv1, c2, self.P2_bn1, add=F.interpolate(p3, scale_factor=2.0))
         del c2, c3, c4, c5
-        p2, p3 = self.P2_conv2(p2), self.P3_conv2(p3)
-        p4, p5 = self.P4_conv2(p4), self.P5_conv2(p5)
+        p2, p3 = self.P2_conv2(p2, self.P2_bn2), self.P3_conv2(p3, self.P3_bn2)
+        p4, p5 = self.P4_conv2(p4, self.P4_bn2), self.P5_conv2(p5, self.P5_bn2)
         p6 = p5[:, :, ::2, ::2]  # for the largest anchors only
         return p2, p3, p4, p5, p6
 
@@ -424,6 +427,19 @@ def are_larger(boxes: Tensor, size: float | None) -> Tensor:
 ############################################################
 
 
+def roi_levels(boxes: Tensor, image_shape: Sequence[int], config: Config) -> Tensor:
+    """The pyramid level, 2 to 5, of boxes [R, 4], the BOX_FRAME; [R] float.
+
+    Source: FPN paper, equation 1.
+    """
+    height, width = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    # A box of 224 x 224 pixels belongs to P4. log(0) = -inf is clamped to P2.
+    unit = config.BOX_FRAME == "unit"
+    side = 224.0 / math.sqrt(image_shape[0] * image_shape[1]) if unit else 224.0
+    levels = 4 + ((height * width).sqrt() / side).log2() + config.ROI_LEVEL_OFFSET
+    return levels.floor().clamp(2, 5)
+
+
 def pyramid_roi_align(
     features: Sequence[Tensor],
     rois: Rois,
@@ -441,8 +457,6 @@ def pyramid_roi_align(
 
     Returns:
         [R, C, P, P], in the order of the rois.
-
-    Source: FPN paper, equation 1.
     """
     boxes = rois.boxes.detach()
     unit = config.BOX_FRAME == "unit"
@@ -450,11 +464,7 @@ def pyramid_roi_align(
         # A box may end at the border, 1.0. Rounding must not carry its last sample beyond, where
         # the crop is 0: which boxes lose a row or column that way would depend on their last bits.
         boxes = boxes.clamp(max=1 - 2**-22)
-    height, width = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
-    # A box of 224 x 224 pixels belongs to P4. log(0) = -inf is clamped to P2.
-    scale = 224.0 / math.sqrt(image_shape[0] * image_shape[1]) if unit else 224.0
-    levels = 4 + ((height * width).sqrt() / scale).log2() + config.ROI_LEVEL_OFFSET
-    levels = levels.floor().clamp(2, 5)
+    levels = roi_levels(boxes, image_shape, config)
     boxes = boxes.to(torch.promote_types(boxes.dtype, features[0].dtype))
     pooled = boxes.new_empty(len(boxes), features[0].shape[1], pool_size, pool_size)
     for level, feature in enumerate(features, start=2):

@@ -391,8 +391,7 @@ def scale_shortest_edge(
     Args:
         image: [H, W, C] uint8.
         interpolation: "pillow" or "float", see IMAGE_INTERPOLATION.
-        side_rounding: "nearest", as detectron2, or "floor", as torchvision, which takes the scale
-            in float32 besides.
+        side_rounding: "nearest", as detectron2, or "floor", as torchvision.
 
     Returns:
         [height, width, C] float32, 0..255.
@@ -400,9 +399,7 @@ def scale_shortest_edge(
     height, width = image.shape[:2]
     shorter, longer = min(height, width), max(height, width)
     if side_rounding == "floor":
-        scale = float(
-            min(np.float32(min_dim) / np.float32(shorter), np.float32(max_dim) / np.float32(longer))
-        )
+        scale = min(min_dim / shorter, max_dim / longer)
         sides = [int(height * scale), int(width * scale)]
     else:
         scale = min_dim / shorter
