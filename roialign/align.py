@@ -1,6 +1,5 @@
 """The operator roialign::roi_align: schema, plain torch kernels, gradient and Python call."""
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 from roialign.common import MAX_SIDE, Checks, empty_like, to_float
 
 MAX_SAMPLING_RATIO = 1024
+MAX_TOGETHER = 1 << 22  # numbers that the plain torch kernels hold at once, or one cell of each bin
 _checks = Checks("roi_align", "features")
 
 
@@ -76,7 +76,7 @@ def _check_ratio(sampling_ratio: int) -> None:
 def _count_leading(samples: Tensor, holds: Callable[[Tensor], Tensor]) -> Tensor:
     """Of so many ordered samples those before the first that does not hold, by bisection."""
     count = torch.zeros_like(samples)
-    for bit in reversed(range(int(samples.max()).bit_length() if samples.numel() else 0)):
+    for bit in reversed(range(_most(samples).bit_length())):
         more = count + (1 << bit)
         count = more.where((more <= samples) & holds(more - 1), count)
     return count
@@ -89,7 +89,7 @@ def _axis(
 
     Returns:
         [R] how many cells each bin of a box has at most, and [R, bins, most] the cells and their
-        shares, 0 from a bin's number of cells on.
+        shares, 0 where a bin has fewer.
     """
     shift = 0.5 if aligned else 0.0
     start = start - shift
@@ -118,17 +118,30 @@ def _axis(
         first = _count_leading(all_of_them, lambda i: positions(i.unsqueeze(2)).squeeze(2) < -1)
         last = _count_leading(all_of_them, lambda i: positions(i.unsqueeze(2)).squeeze(2) <= size)
         meeting = (last - first).amax(1)
-    most = int(meeting.max()) if meeting.numel() else 0
-    sample = first.unsqueeze(2) + torch.arange(most, device=first.device)
+    sample = first.unsqueeze(2) + torch.arange(_most(meeting), device=first.device)
     position = positions(sample)
     inside = (position >= -1) & (position <= size) & (sample < samples[:, None, None])
     position = position.where(inside, 0).clamp(0, size - 1)
     low = position.floor()
-    share = position - low
-    shares = torch.stack([1 - share, share], 3).where(inside.unsqueeze(3), 0)
-    shares = shares / samples[:, None, None, None]
-    cells = torch.stack([low.long(), position.ceil().long()], 3)
-    return 2 * meeting, cells.flatten(2), shares.flatten(2)
+    share = torch.stack([1 - (position - low), position - low], 3)
+    share = (share / samples[:, None, None, None]).where(inside.unsqueeze(3), 0).flatten(2)
+    cell = torch.stack([low, position.ceil()], 3).long().flatten(2)
+    # Samples share cells: those of a bin are summed where that makes fewer.
+    lowest = cell.where(share != 0, size).amin(2, keepdim=True)
+    count = (cell.where(share != 0, -1).amax(2) + 1 - lowest.squeeze(2)).clamp(min=0).amax(1)
+    if (most := _most(count)) > cell.shape[2]:
+        return 2 * meeting, cell, share
+    summed = share.new_zeros(len(share), bins, most)
+    bin_start = most * torch.arange(len(share) * bins, device=share.device).view(-1, bins, 1)
+    place = bin_start + (cell - lowest).where(share != 0, 0)
+    summed.view(-1).index_add_(0, place.flatten(), share.flatten())
+    cell = (lowest + torch.arange(most, device=cell.device)).clamp(max=size - 1)
+    return count, cell, summed
+
+
+def _most(counts: Tensor) -> int:
+    """The largest, at least 1."""
+    return max(1, int(counts.max())) if counts.numel() else 1
 
 
 def _cells(
@@ -138,28 +151,34 @@ def _cells(
     image_size: Sequence[int],
     sampling_ratio: int,
     aligned: bool,
+    channels: int,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """The cells that the bins of crops (h, w) read in images (B, H, W).
 
     Yields:
-        For boxes with as many cells, one cell of each bin after the other: which boxes, [n], rows
-        of [B * H * W, C], [n, h, w], and shares of the mean, [n, h, w, 1]. A share of 0 is no cell,
-        and what lies there may not be finite.
+        For boxes with as many cells, some cells of each bin after the other: which boxes, [n], rows
+        of [B * H * W, C], [n, h, w, cells], and shares of the mean, [n, h, w, cells, 1]. A share of
+        0 is no cell, and what lies there may not be finite.
     """
     images, height, width = image_size
     known = (box_index >= 0) & (box_index < images)
     y1, x1, y2, x2 = boxes.unbind(1)
-    rows, y, down = _axis(y1, y2, crop_size[0], height, sampling_ratio, aligned)
-    columns, x, across = _axis(x1, x2, crop_size[1], width, sampling_ratio, aligned)
+    in_rows, y, down = _axis(y1, y2, crop_size[0], height, sampling_ratio, aligned)
+    in_columns, x, across = _axis(x1, x2, crop_size[1], width, sampling_ratio, aligned)
     y = (y + (box_index.long().where(known, 0) * height)[:, None, None]) * width
     down = down.where(known[:, None, None], 0)
-    counts = torch.stack([rows, columns], 1)
+    counts = torch.stack([in_rows, in_columns], 1)
     for most in counts.unique(dim=0):
         members = (counts == most).all(1).nonzero().squeeze(1)
-        pixel = y[members][:, :, None, :, None] + x[members][:, None, :, None, :]
-        share = down[members][:, :, None, :, None] * across[members][:, None, :, None, :]
-        for a, b in itertools.product(*(range(count) for count in most.tolist())):
-            yield members, pixel[..., a, b], share[..., a, b].unsqueeze(3)
+        rows, columns = most.tolist()
+        top, left = y[members, :, :rows], x[members, :, :columns]
+        pixel = (top[:, :, None, :, None] + left[:, None, :, None]).flatten(3)
+        top, left = down[members, :, :rows], across[members, :, :columns]
+        share = (top[:, :, None, :, None] * left[:, None, :, None]).flatten(3)
+        one = len(members) * y.shape[1] * x.shape[1] * channels
+        together = max(1, MAX_TOGETHER // max(1, one))
+        parts = pixel.split(together, 3), share.unsqueeze(4).split(together, 3)
+        yield from ((members, *part) for part in zip(*parts, strict=True))
 
 
 def _forward(
@@ -178,8 +197,11 @@ def _forward(
     _check_ratio(sampling_ratio)
     pixels = features.permute(0, 2, 3, 1).flatten(0, 2)
     crops = features.new_zeros(len(boxes), height, width, channels)
-    for members, pixel, share in _cells(boxes, box_index, *sizes, sampling_ratio, aligned):
-        crops.index_add_(0, members, (pixels[pixel] * share).where(share != 0, 0))
+    for members, pixel, share in _cells(
+        boxes, box_index, *sizes, sampling_ratio, aligned, channels
+    ):
+        parts = (pixels[pixel] * share).where(share != 0, 0)
+        crops.index_add_(0, members, parts.sum(3))
     return empty_like(features, len(boxes), height, width).copy_(crops.permute(0, 3, 1, 2))
 
 
@@ -201,9 +223,11 @@ def _backward(
     _check_ratio(sampling_ratio)
     bins = grad.permute(0, 2, 3, 1)
     pixels = grad.new_zeros(images * height * width, channels)
-    for members, pixel, share in _cells(boxes, box_index, *sizes, sampling_ratio, aligned):
-        parts = (bins[members] * share).where(share != 0, 0)
-        pixels.index_add_(0, pixel.flatten(), parts.flatten(0, 2))
+    for members, pixel, share in _cells(
+        boxes, box_index, *sizes, sampling_ratio, aligned, channels
+    ):
+        parts = (bins[members].unsqueeze(3) * share).where(share != 0, 0)
+        pixels.index_add_(0, pixel.flatten(), parts.flatten(0, 3))
     grad_features = pixels.view(images, height, width, channels).permute(0, 3, 1, 2)
     return empty_like(grad, images, height, width).copy_(grad_features)
 
