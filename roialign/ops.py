@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from operators import compiled_devices, load_kernels
+from roialign.common import Checks, empty_like, to_float
 
-# Beyond 2^24, a float32 cannot tell the last pixel from the one after.
-MAX_SIDE = 1 << 24
+_checks = Checks("crop_and_resize", "image")
 
 
 def crop_and_resize(
@@ -75,70 +75,6 @@ def is_compiled() -> tuple[str, ...]:
     return compiled_devices("roialign::crop_and_resize")
 
 
-def _check_kinds(values: Tensor, boxes: Tensor, box_index: Tensor) -> None:
-    """What every kernel refuses, the fake ones too, which mixed devices may lead to.
-
-    Args:
-        values: the image, or the gradient of the crops.
-    """
-    if values.dtype not in (torch.float32, torch.float64) or boxes.dtype != values.dtype:
-        raise TypeError(
-            "crop_and_resize: image and boxes must both be float32 or float64, got "
-            f"{values.dtype} and {boxes.dtype}"
-        )
-    if box_index.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"crop_and_resize: box_index must be int32 or int64, got {box_index.dtype}")
-    if not values.device == boxes.device == box_index.device:
-        raise ValueError(
-            "crop_and_resize: image, boxes and box_index must be on one device, got "
-            f"{values.device}, {boxes.device} and {box_index.device}"
-        )
-    if values.dim() != 4:
-        raise ValueError(
-            "crop_and_resize: image must be [B, C, H, W], or grad [R, C, h, w], got shape "
-            f"{tuple(values.shape)}"
-        )
-    if boxes.dim() != 2 or boxes.shape[1] != 4:
-        raise ValueError(f"crop_and_resize: boxes must be [R, 4], got shape {tuple(boxes.shape)}")
-
-
-def _check_sizes(
-    boxes: Tensor, box_index: Tensor, crop_size: Sequence[int], image_size: Sequence[int]
-) -> None:
-    """What else the kernels refuse, for crops (h, w) of images (B, H, W)."""
-    if box_index.shape != boxes.shape[:1]:
-        raise ValueError(
-            f"crop_and_resize: box_index must be [R] = [{len(boxes)}], got {list(box_index.shape)}"
-        )
-    if min(crop_size) < 1:
-        height, width = crop_size
-        raise ValueError(
-            f"crop_and_resize: crops must be of at least one pixel, got {height} x {width}"
-        )
-    images, height, width = image_size
-    if images < 0 or not (0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
-        raise ValueError(
-            f"crop_and_resize: image must have sides of 1 to {MAX_SIDE} pixels, got {images} of "
-            f"{height} x {width}"
-        )
-    known = (box_index >= 0) & (box_index < images)
-    if known.device.type == "cpu" and not known.all():
-        raise IndexError(
-            f"crop_and_resize: box_index must be within 0..{images - 1}, got {box_index[~known][0]}"
-        )
-
-
-def _empty(values: Tensor, count: int, height: int, width: int) -> Tensor:
-    """[count, C, height, width] with the channels, dtype, device and memory format of values."""
-    last = values.is_contiguous(memory_format=torch.channels_last) and not values.is_contiguous()
-    return torch.empty(
-        (count, values.shape[1], height, width),
-        dtype=values.dtype,
-        device=values.device,
-        memory_format=torch.channels_last if last else torch.contiguous_format,
-    )
-
-
 def _taps(start: Tensor, end: Tensor, count: int, size: int) -> tuple[Tensor, ...]:
     """Per sample of an axis the pixels around it, the share of the second, inside: [R, count]."""
     last = size - 1
@@ -169,8 +105,8 @@ def _points(
         each point, [R, h, w]; the shares of the bottom and of the right, and whether the point is
         inside, all broadcasting to [R, h, w, C].
     """
-    _check_kinds(values, boxes, box_index)
-    _check_sizes(boxes, box_index, crop_size, image_size)
+    _checks.kinds(values, boxes, box_index)
+    _checks.sizes(boxes, box_index, crop_size, image_size)
     images, height, width = image_size
     known = (box_index >= 0) & (box_index < images)
     y1, x1, y2, x2 = boxes.unbind(1)
@@ -194,7 +130,7 @@ def _forward(
     crop_width: int,
     extrapolation_value: float,
 ) -> Tensor:
-    _check_kinds(image, boxes, box_index)
+    _checks.kinds(image, boxes, box_index)
     finite, most = math.isfinite(extrapolation_value), torch.finfo(image.dtype).max
     if finite and abs(extrapolation_value) > most:
         raise ValueError(
@@ -210,18 +146,14 @@ def _forward(
     top = top_left + (top_right - top_left) * across
     bottom = bottom_left + (bottom_right - bottom_left) * across
     crops = (top + (bottom - top) * down).where(inside, extrapolation_value)
-    return _empty(image, len(boxes), crop_height, crop_width).copy_(crops.permute(0, 3, 1, 2))
+    return empty_like(image, len(boxes), crop_height, crop_width).copy_(crops.permute(0, 3, 1, 2))
 
 
 def _backward(
     grad: Tensor, boxes: Tensor, box_index: Tensor, images: int, height: int, width: int
 ) -> Tensor:
-    _check_kinds(grad, boxes, box_index)
-    if len(grad) != len(boxes):
-        raise ValueError(
-            "crop_and_resize: grad must be [R, C, h, w] with the R of boxes, got shapes "
-            f"{tuple(grad.shape)} and {tuple(boxes.shape)}"
-        )
+    _checks.kinds(grad, boxes, box_index)
+    _checks.gradient(grad, boxes)
     channels, *crop_size = grad.shape[1:]
     rows, down, across, inside = _points(grad, boxes, box_index, crop_size, (images, height, width))
     points = grad.permute(0, 2, 3, 1).where(inside, 0)
@@ -231,7 +163,7 @@ def _backward(
     for row, share in zip(rows, shares, strict=True):
         pixels.index_add_(0, row.flatten(), share.flatten(0, 2))
     grad_image = pixels.view(images, height, width, channels).permute(0, 3, 1, 2)
-    return _empty(grad, images, height, width).copy_(grad_image)
+    return empty_like(grad, images, height, width).copy_(grad_image)
 
 
 def _forward_fake(
@@ -242,15 +174,15 @@ def _forward_fake(
     crop_width: int,
     extrapolation_value: float,
 ) -> Tensor:
-    _check_kinds(image, boxes, box_index)
-    return _empty(image, len(boxes), crop_height, crop_width)
+    _checks.kinds(image, boxes, box_index)
+    return empty_like(image, len(boxes), crop_height, crop_width)
 
 
 def _backward_fake(
     grad: Tensor, boxes: Tensor, box_index: Tensor, images: int, height: int, width: int
 ) -> Tensor:
-    _check_kinds(grad, boxes, box_index)
-    return _empty(grad, images, height, width)
+    _checks.kinds(grad, boxes, box_index)
+    return empty_like(grad, images, height, width)
 
 
 def _save_forward(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -283,8 +215,7 @@ def _differentiate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
 def _autocast(image: Tensor, boxes: Tensor, *arguments: Any) -> Tensor:
     """Under autocast half precision becomes float32."""
     with torch.autocast(image.device.type, enabled=False):
-        image, boxes = (t if t.dtype == torch.float64 else t.float() for t in (image, boxes))
-        return torch.ops.roialign.crop_and_resize(image, boxes, *arguments)
+        return torch.ops.roialign.crop_and_resize(to_float(image), to_float(boxes), *arguments)
 
 
 _library = torch.library.Library("roialign", "FRAGMENT")

@@ -47,3 +47,41 @@ def crop_and_resize(image, boxes, box_index, crop_height, crop_width, extrapolat
                         value = value + share * image[box_index[r], :, row, column].astype(float)
                 crops[r, :, i, j] = value
     return crops
+
+
+def _samples(start, end, bins, ratio, aligned):
+    """The sample positions of each bin along an axis, in the boxes' arithmetic."""
+    number = np.asarray(start).dtype.type
+    shift = number(0.5 if aligned else 0)
+    start, end = start - shift, end - shift
+    side = end - start if aligned else max(end - start, number(1))
+    bin_side = side / number(bins)
+    count = ratio or max(0, int(np.ceil(bin_side)))
+    return [
+        [start + number(p) * bin_side + (number(i) + number(0.5)) * bin_side / number(count)
+         for i in range(count)]
+        for p in range(bins)
+    ]  # fmt: skip
+
+
+def roi_align(features, boxes, box_index, height, width, ratio, aligned):
+    """features [B, C, H, W], boxes [R, 4] in cells -> [R, C, h, w] float64. Finite boxes."""
+    _, channels, rows, columns = features.shape
+    crops = np.zeros((len(boxes), channels, height, width))
+
+    def value(r, y, x):
+        if not (-1 <= y <= rows and -1 <= x <= columns):
+            return 0.0
+        y, x = min(max(float(y), 0), rows - 1), min(max(float(x), 0), columns - 1)
+        return sum(
+            (1 - abs(y - row)) * (1 - abs(x - column)) * features[box_index[r], :, row, column]
+            for row in {int(np.floor(y)), int(np.ceil(y))}
+            for column in {int(np.floor(x)), int(np.ceil(x))}
+        )
+
+    for r, (y1, x1, y2, x2) in enumerate(boxes):
+        for i, bin_y in enumerate(_samples(y1, y2, height, ratio, aligned)):
+            for j, bin_x in enumerate(_samples(x1, x2, width, ratio, aligned)):
+                total = sum(value(r, y, x) for y in bin_y for x in bin_x)
+                crops[r, :, i, j] = total / max(len(bin_y) * len(bin_x), 1)
+    return crops

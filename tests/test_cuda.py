@@ -14,15 +14,16 @@ import numpy as np
 import pytest
 import torch
 from test_nms import random_boxes
-from test_roialign import sample
+from test_roialign import SPECIAL, align_sample, sample, samplings
 
 from nms import nms
-from roialign import crop_and_resize
+from roialign import crop_and_resize, roi_align
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [
     ROOT / "nms" / "csrc" / "nms_cuda.cu",
     ROOT / "roialign" / "csrc" / "crop_and_resize_cuda.cu",
+    ROOT / "roialign" / "csrc" / "roi_align_cuda.cu",
 ]
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 NAN = float("nan")
@@ -38,6 +39,7 @@ def test_nvcc_compiles(source, tmp_path):
 DRIVER = """
 #include "../nms/csrc/nms_cuda.cu"
 #include "../roialign/csrc/crop_and_resize_cuda.cu"
+#include "../roialign/csrc/roi_align_cuda.cu"
 
 extern "C" void set_reversed(bool reversed) { emulation::reversed = reversed; }
 
@@ -57,6 +59,17 @@ extern "C" void sweep_mask(const uint64_t* mask, int64_t count, uint64_t* remove
   extern "C" int backward_##T(const roialign::Shape* shape, const T* grad, const T* boxes,        \\
                               const int64_t* index, T* grad_image) {                              \\
     return roialign::crop_backward(*shape, grad, boxes, index, grad_image, nullptr);              \\
+  }                                                                                               \\
+  extern "C" int align_forward_##T(const roialign::Shape* shape, const T* features,               \\
+                                   const T* boxes, const int64_t* index,                          \\
+                                   const roialign::Sampling* sampling, T* crops) {                \\
+    return roialign::align_forward(*shape, features, boxes, index, *sampling, crops, nullptr);    \\
+  }                                                                                               \\
+  extern "C" int align_backward_##T(const roialign::Shape* shape, const T* grad, const T* boxes,  \\
+                                    const int64_t* index, const roialign::Sampling* sampling,     \\
+                                    T* grad_features) {                                           \\
+    return roialign::align_backward(*shape, grad, boxes, index, *sampling, grad_features,         \\
+                                    nullptr);                                                     \\
   }
 DRIVE(float)
 DRIVE(double)
@@ -71,6 +84,12 @@ class Shape(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("crops", "crop_height", "crop_width")),
         ("channels_last", ctypes.c_bool),
     ]
+
+
+class Sampling(ctypes.Structure):
+    """roialign::Sampling"""
+
+    _fields_ = (("ratio", ctypes.c_int64), ("aligned", ctypes.c_bool))
 
 
 class Emulation:
@@ -124,6 +143,23 @@ class Emulation:
         image = torch.zeros_like(operator(grad, boxes, index, images, *pixels))
         self.call("backward", grad.dtype, shape, grad, boxes, index, image)
         return image
+
+    def align(self, features, boxes, index, size, sampling):
+        shape = self.shape(features, len(boxes), size, len(features), features.shape[2:])
+        crops = torch.full_like(roi_align(features, boxes, index.clamp(0, 2), *size), NAN)
+        sampling = ctypes.byref(Sampling(*sampling))
+        self.call("align_forward", features.dtype, shape, features, boxes, index, sampling, crops)
+        return crops
+
+    def align_backward(self, grad, boxes, index, images, pixels, sampling):
+        shape = self.shape(grad, len(boxes), grad.shape[2:], images, pixels)
+        operator = torch.ops.roialign.roi_align_backward
+        features = torch.zeros_like(
+            operator(grad, boxes, index.clamp(0, 2), images, *pixels, 1, True)
+        )
+        sampling = ctypes.byref(Sampling(*sampling))
+        self.call("align_backward", grad.dtype, shape, grad, boxes, index, sampling, features)
+        return features
 
 
 @pytest.fixture(scope="module")
@@ -213,3 +249,54 @@ def test_emulated_backward(emulation, dtype, layout, size):
     expected = torch.ops.roialign.crop_and_resize_backward(grad, boxes, index, 3, 9, 13)
     torch.testing.assert_close(grad_image, expected, rtol=1e-5, atol=1e-5)
     assert grad_image.abs().sum() > 0
+
+
+def align_boxes(dtype):
+    """Boxes of all kinds, those of SPECIAL, huge ones, and some that are not finite."""
+    _, boxes, _ = align_sample(dtype, boxes=30)
+    huge = torch.tensor([[-1e7, -1e3, 1e3, 1e7], [-1e30, 0, 1e30, 9], [0, -3e38, 9, 3e38]])
+    boxes = torch.cat([boxes, SPECIAL.to(dtype), huge.to(dtype)])
+    boxes[::11, 1] = NAN
+    boxes[5::11, 2] = float("inf")
+    return boxes, torch.arange(len(boxes)) % 3
+
+
+@both_dtypes
+@both_layouts
+@samplings
+@pytest.mark.parametrize("size", [(7, 7), (1, 3)])
+def test_emulated_align(emulation, dtype, layout, sampling, size):
+    features, _, _ = align_sample(dtype, layout)
+    boxes, index = align_boxes(dtype)
+    crops = emulation.align(features, boxes, index, size, sampling)
+    expected = roi_align(features, boxes, index, *size, *sampling)
+    torch.testing.assert_close(crops, expected, rtol=1e-5, atol=2e-6)
+    assert crops.abs().sum() > 0
+
+
+@both_layouts
+def test_emulated_align_of_an_index_out_of_range_is_zero(emulation, layout):
+    features, boxes, index = align_sample(layout=layout)
+    index[::2] = torch.tensor([-1, 3, 2**40, -(2**40), 3, -1])
+    crops = emulation.align(features, boxes, index, (2, 2), (2, False))
+    assert (crops[::2] == 0).all()
+    expected = roi_align(features, boxes[1::2], index[1::2], 2, 2, 2, False)
+    torch.testing.assert_close(crops[1::2], expected, rtol=1e-5, atol=2e-6)
+    expected = emulation.align_backward(crops, boxes, index, 3, (9, 13), (2, False))
+    operator = torch.ops.roialign.roi_align_backward
+    known = operator(crops[1::2].clone(), boxes[1::2], index[1::2], 3, 9, 13, 2, False)
+    torch.testing.assert_close(expected, known, rtol=1e-5, atol=1e-5, check_stride=False)
+
+
+@both_dtypes
+@both_layouts
+@samplings
+@pytest.mark.parametrize("size", [(7, 7), (1, 3)])
+def test_emulated_align_backward(emulation, dtype, layout, sampling, size):
+    boxes, index = align_boxes(dtype)
+    grad = torch.randn(len(boxes), 5, *size, dtype=dtype).contiguous(memory_format=layout)
+    features = emulation.align_backward(grad, boxes, index, 3, (9, 13), sampling)
+    operator = torch.ops.roialign.roi_align_backward
+    expected = operator(grad, boxes, index, 3, 9, 13, *sampling)
+    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
+    assert features.abs().sum() > 0

@@ -24,13 +24,6 @@
 #include "nms_cuda.h"
 #endif
 
-// An installed build runs on any x86-64 processor and uses the vectors of the one it finds.
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__GLIBC__)
-#define MULTIVERSION __attribute__((target_clones("avx2", "default")))
-#else
-#define MULTIVERSION
-#endif
-
 namespace nms {
 namespace {
 

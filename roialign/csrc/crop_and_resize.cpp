@@ -2,16 +2,16 @@
 // crop_and_resize_cuda.cu.
 #include "crop_and_resize.h"
 
-#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 #include <vector>
+
+#include "arguments.h"
 
 #ifdef WITH_CUDA
 #include <ATen/Context.h>
@@ -137,120 +137,33 @@ void crop_backward_cpu(const Shape& shape, const T* grad, const T* boxes, const 
   }
 }
 
-// The tensors of a call in the form the kernels take; `values` is the image or the gradient of the
-// crops, and its memory format is that of the result.
-struct Arguments {
-  at::Tensor values, boxes, box_index;
-  at::MemoryFormat layout;
-};
+constexpr Names kNames{"crop_and_resize", "image"};
 
-void check_devices(const at::Tensor& values, const at::Tensor& boxes,
-                   const at::Tensor& box_index) {
-  TORCH_CHECK_VALUE(boxes.device() == values.device() && box_index.device() == values.device(),
-                    "crop_and_resize: image, boxes and box_index must be on one device, got ",
-                    values.device(), ", ", boxes.device(), " and ", box_index.device());
-}
-
-Arguments prepare(const at::Tensor& values, const at::Tensor& boxes, const at::Tensor& box_index,
-                  const Shape& shape) {
-  TORCH_CHECK_TYPE(values.scalar_type() == at::kFloat || values.scalar_type() == at::kDouble,
-                   "crop_and_resize: image must be float32 or float64, got ",
-                   values.scalar_type());
-  TORCH_CHECK_TYPE(boxes.scalar_type() == values.scalar_type(),
-                   "crop_and_resize: boxes must have the dtype of image, ", values.scalar_type(),
-                   ", got ", boxes.scalar_type());
-  TORCH_CHECK_TYPE(box_index.scalar_type() == at::kInt || box_index.scalar_type() == at::kLong,
-                   "crop_and_resize: box_index must be int32 or int64, got ",
-                   box_index.scalar_type());
-  TORCH_CHECK_VALUE(box_index.dim() == 1 && box_index.size(0) == shape.crops,
-                    "crop_and_resize: box_index must be [R] = [", shape.crops, "], got ",
-                    box_index.sizes());
-  check_devices(values, boxes, box_index);
-  TORCH_CHECK_VALUE(shape.crop_height > 0 && shape.crop_width > 0,
-                    "crop_and_resize: crops must have at least one pixel, got ",
-                    shape.crop_height, " x ", shape.crop_width);
-  // Beyond 2^24, a float cannot tell the last pixel from the one after.
-  constexpr int64_t kMaxSide = 1 << 24;
-  TORCH_CHECK_VALUE(shape.images >= 0 && shape.height > 0 && shape.width > 0 &&
-                        shape.height <= kMaxSide && shape.width <= kMaxSide,
-                    "crop_and_resize: image must have sides of 1 to ", kMaxSide, " pixels, got ",
-                    shape.images, " of ", shape.height, " x ", shape.width);
-  const auto layout =
-      shape.channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-  const at::Tensor index = box_index.to(at::kLong).contiguous();
-  for (int64_t crop = 0; index.is_cpu() && crop < shape.crops; ++crop) {
-    const int64_t image = index.const_data_ptr<int64_t>()[crop];
-    TORCH_CHECK_INDEX(image >= 0 && image < shape.images, "crop_and_resize: box_index[", crop,
-                      "] must be within 0..", shape.images - 1, ", got ", image);
-  }
-  return {values.contiguous(layout), boxes.contiguous(), index, layout};
-}
-
-bool is_channels_last(const at::Tensor& values) {
-  return values.is_contiguous(at::MemoryFormat::ChannelsLast) && !values.is_contiguous();
-}
-
-// kernel(shape, image, boxes, box_index, extrapolation_value, crops)
-template <class Kernel>
-at::Tensor forward(const at::Tensor& image, const at::Tensor& boxes, const at::Tensor& box_index,
-                   int64_t crop_height, int64_t crop_width, double extrapolation_value,
-                   Kernel kernel) {
-  TORCH_CHECK_VALUE(image.dim() == 4, "crop_and_resize: image must be [B, C, H, W], got ",
-                    image.sizes());
-  TORCH_CHECK_VALUE(boxes.dim() == 2 && boxes.size(1) == 4,
-                    "crop_and_resize: boxes must be [R, 4], got ", boxes.sizes());
-  const Shape shape{image.size(0), image.size(1), image.size(2), image.size(3),
-                    boxes.size(0), crop_height,   crop_width,    is_channels_last(image)};
-  const Arguments in = prepare(image, boxes, box_index, shape);
-  const at::Tensor crops = at::empty({shape.crops, shape.channels, crop_height, crop_width},
-                                     image.options().memory_format(in.layout));
-  AT_DISPATCH_FLOATING_TYPES(image.scalar_type(), "crop_and_resize", [&] {
-    TORCH_CHECK_VALUE(!std::isfinite(extrapolation_value) ||
-                          std::abs(extrapolation_value) <= std::numeric_limits<scalar_t>::max(),
-                      "crop_and_resize: extrapolation_value must fit ", image.scalar_type(),
-                      ", got ", extrapolation_value);
-    if (crops.numel() == 0) return;
-    kernel(shape, in.values.const_data_ptr<scalar_t>(), in.boxes.const_data_ptr<scalar_t>(),
-           in.box_index.const_data_ptr<int64_t>(), static_cast<scalar_t>(extrapolation_value),
-           crops.mutable_data_ptr<scalar_t>());
-  });
-  return crops;
-}
-
-// kernel(shape, grad, boxes, box_index, grad_image)
-template <class Kernel>
-at::Tensor backward(const at::Tensor& grad, const at::Tensor& boxes, const at::Tensor& box_index,
-                    int64_t images, int64_t height, int64_t width, Kernel kernel) {
-  TORCH_CHECK_VALUE(boxes.dim() == 2 && boxes.size(1) == 4,
-                    "crop_and_resize: boxes must be [R, 4], got ", boxes.sizes());
-  TORCH_CHECK_VALUE(grad.dim() == 4 && grad.size(0) == boxes.size(0),
-                    "crop_and_resize: grad must be [R, C, h, w] with the R of boxes, got ",
-                    grad.sizes(), " and ", boxes.sizes());
-  const Shape shape{images,       grad.size(1), height,       width,
-                    grad.size(0), grad.size(2), grad.size(3), is_channels_last(grad)};
-  const Arguments in = prepare(grad, boxes, box_index, shape);
-  const at::Tensor grad_image = at::empty({images, shape.channels, height, width},
-                                          grad.options().memory_format(in.layout))
-                                    .zero_();
-  if (grad.numel() == 0) return grad_image;
-  AT_DISPATCH_FLOATING_TYPES(grad.scalar_type(), "crop_and_resize_backward", [&] {
-    kernel(shape, in.values.const_data_ptr<scalar_t>(), in.boxes.const_data_ptr<scalar_t>(),
-           in.box_index.const_data_ptr<int64_t>(), grad_image.mutable_data_ptr<scalar_t>());
-  });
-  return grad_image;
+void check_value(const at::Tensor& image, double extrapolation_value) {
+  const double most = image.scalar_type() == at::kDouble ? std::numeric_limits<double>::max()
+                                                         : std::numeric_limits<float>::max();
+  TORCH_CHECK_VALUE(
+      !std::isfinite(extrapolation_value) || std::abs(extrapolation_value) <= most,
+      "crop_and_resize: extrapolation_value must fit ", image.scalar_type(), ", got ",
+      extrapolation_value);
 }
 
 at::Tensor forward_cpu(const at::Tensor& image, const at::Tensor& boxes,
                        const at::Tensor& box_index, int64_t crop_height, int64_t crop_width,
                        double extrapolation_value) {
-  return forward(image, boxes, box_index, crop_height, crop_width, extrapolation_value,
-                 [](auto... arguments) { crop_forward_cpu(arguments...); });
+  check_value(image, extrapolation_value);
+  return forward(kNames, image, boxes, box_index, crop_height, crop_width,
+                 is_channels_last(image),
+                 [&](const Shape& shape, auto* from, auto* corners, auto* index, auto* crops) {
+                   using T = std::remove_pointer_t<decltype(crops)>;
+                   crop_forward_cpu(shape, from, corners, index, T(extrapolation_value), crops);
+                 });
 }
 
 at::Tensor backward_cpu(const at::Tensor& grad, const at::Tensor& boxes,
                         const at::Tensor& box_index, int64_t images, int64_t height,
                         int64_t width) {
-  return backward(grad, boxes, box_index, images, height, width,
+  return backward(kNames, grad, boxes, box_index, images, height, width, is_channels_last(grad),
                   [](auto... arguments) { crop_backward_cpu(arguments...); });
 }
 
@@ -258,23 +171,29 @@ at::Tensor backward_cpu(const at::Tensor& grad, const at::Tensor& boxes,
 at::Tensor forward_cuda(const at::Tensor& image, const at::Tensor& boxes,
                         const at::Tensor& box_index, int64_t crop_height, int64_t crop_width,
                         double extrapolation_value) {
-  check_devices(image, boxes, box_index);
+  check_value(image, extrapolation_value);
+  check_devices(kNames, image, boxes, box_index);
   const c10::cuda::CUDAGuard guard(image.device());
-  return forward(image, boxes, box_index, crop_height, crop_width, extrapolation_value,
-                 [](auto... arguments) {
-                   C10_CUDA_CHECK(crop_forward(arguments..., c10::cuda::getCurrentCUDAStream()));
+  return forward(kNames, image, boxes, box_index, crop_height, crop_width,
+                 is_channels_last(image),
+                 [&](const Shape& shape, auto* from, auto* corners, auto* index, auto* crops) {
+                   using T = std::remove_pointer_t<decltype(crops)>;
+                   C10_CUDA_CHECK(crop_forward(shape, from, corners, index, T(extrapolation_value),
+                                               crops, c10::cuda::getCurrentCUDAStream()));
                  });
 }
 
 at::Tensor backward_cuda(const at::Tensor& grad, const at::Tensor& boxes,
                          const at::Tensor& box_index, int64_t images, int64_t height,
                          int64_t width) {
-  check_devices(grad, boxes, box_index);
+  check_devices(kNames, grad, boxes, box_index);
   const c10::cuda::CUDAGuard guard(grad.device());
   at::globalContext().alertNotDeterministic("crop_and_resize_backward on CUDA");
-  return backward(grad, boxes, box_index, images, height, width, [](auto... arguments) {
-    C10_CUDA_CHECK(crop_backward(arguments..., c10::cuda::getCurrentCUDAStream()));
-  });
+  return backward(kNames, grad, boxes, box_index, images, height, width, is_channels_last(grad),
+                  [](auto... arguments) {
+                    C10_CUDA_CHECK(
+                        crop_backward(arguments..., c10::cuda::getCurrentCUDAStream()));
+                  });
 }
 #endif
 

@@ -9,6 +9,9 @@
 
 namespace roialign {
 
+// Beyond 2^24, a float32 cannot tell the last pixel from the one after.
+constexpr int64_t kMaxSide = 1 << 24;
+
 struct Shape {
   int64_t images, channels, height, width;  // of the image
   int64_t crops, crop_height, crop_width;   // of the result, with the same channels

@@ -1,58 +1,27 @@
-// One thread per number of the crops, in their memory order.
+// crop_and_resize and its gradient: one thread per number of the crops, in their memory order.
 #include "crop_and_resize_cuda.h"
+#include "places_cuda.h"
 
 namespace roialign {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int64_t kMaxBlocks = 1 << 16;
-
-int64_t count_values(const Shape& shape) {
-  return shape.crops * shape.channels * shape.crop_height * shape.crop_width;
-}
-
-int count_blocks(const Shape& shape) {
-  const int64_t blocks = (count_values(shape) + kThreads - 1) / kThreads;
-  return int(blocks < kMaxBlocks ? blocks : kMaxBlocks);
-}
-
 template <class T>
 struct Sample {
+  Place place;
   Tap<T> y, x;
   bool inside;
-  int64_t origin, step;  // pixel (y, x) of the channel is at origin + (y * width + x) * step
-
-  __device__ int64_t offset(int64_t row, int64_t column, int64_t width) const {
-    return origin + (row * width + column) * step;
-  }
 };
 
 // The sample point behind number k of the crops.
 template <class T>
 __device__ Sample<T> find_sample(const Shape& shape, const T* boxes, const int64_t* box_index,
                                  int64_t k) {
-  int64_t channel = 0;
-  if (shape.channels_last) {
-    channel = k % shape.channels;
-    k /= shape.channels;
-  }
-  const int64_t j = k % shape.crop_width;
-  k /= shape.crop_width;
-  const int64_t i = k % shape.crop_height;
-  k /= shape.crop_height;
-  if (!shape.channels_last) {
-    channel = k % shape.channels;
-    k /= shape.channels;
-  }
-  const T* box = boxes + 4 * k;
-  const int64_t index = box_index[k], pixels = shape.height * shape.width;
   Sample<T> sample;
-  sample.y = make_tap(box[0], box[2], i, shape.crop_height, shape.height);
-  sample.x = make_tap(box[1], box[3], j, shape.crop_width, shape.width);
-  // An index out of range cannot raise here without a synchronisation: its crop stays outside.
-  sample.inside = sample.y.inside && sample.x.inside && index >= 0 && index < shape.images;
-  sample.step = shape.channels_last ? shape.channels : 1;
-  sample.origin = index * shape.channels * pixels + channel * (shape.channels_last ? 1 : pixels);
+  const Place place = sample.place = find_place(shape, box_index, k);
+  const T* box = boxes + 4 * place.crop;
+  sample.y = make_tap(box[0], box[2], place.i, shape.crop_height, shape.height);
+  sample.x = make_tap(box[1], box[3], place.j, shape.crop_width, shape.width);
+  sample.inside = sample.y.inside && sample.x.inside && place.known;
   return sample;
 }
 
@@ -64,7 +33,7 @@ __global__ void forward(Shape shape, int64_t count, const T* image, const T* box
     const Sample<T> at = find_sample(shape, boxes, box_index, k);
     crops[k] = !at.inside ? extrapolation_value
                           : interpolate(at.y, at.x, [&](int64_t row, int64_t column) {
-                              return image[at.offset(row, column, shape.width)];
+                              return image[at.place.offset(row, column, shape.width)];
                             });
   }
 }
@@ -77,7 +46,7 @@ __global__ void backward(Shape shape, int64_t count, const T* grad, const T* box
     const Sample<T> at = find_sample(shape, boxes, box_index, k);
     if (!at.inside) continue;
     distribute(at.y, at.x, grad[k], [&](int64_t row, int64_t column, T value) {
-      atomicAdd(grad_image + at.offset(row, column, shape.width), value);
+      atomicAdd(grad_image + at.place.offset(row, column, shape.width), value);
     });
   }
 }
