@@ -269,8 +269,7 @@ def check_batch(
     images: Tensor, targets: Sequence[Mapping[str, Any]] | None, config: Config
 ) -> None:
     """Raises TypeError or ValueError unless MaskRCNN.forward can use images and targets."""
-    floats = isinstance(images, Tensor) and images.dtype == torch.float32
-    dtype = torch.float32 if floats else torch.uint8
+    dtype = torch.float32 if config.IMAGE_RESIZE_MODE == "shortest_edge" else torch.uint8
     _check_tensor("images", images, dtype, ("B", config.IMAGE_CHANNEL_COUNT, "H", "W"))
     height, width = images.shape[2:]
     if len(images) == 0 or not are_network_sides(config.IMAGE_SIZE_DIVISOR, height, width):

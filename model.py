@@ -230,12 +230,12 @@ class FPN(nn.Module):
             return Convolution(OrderedDict({"1": conv}))
 
         self.P5_conv1, self.P5_bn1 = nn.Conv2d(c5, channels, 1), norm()
-        self.P4_conv1, self.P4_bn1 = nn.Conv2d(c4, channels, 1), norm()
-        self.P3_conv1, self.P3_bn1 = nn.Conv2d(c3, channels, 1), norm()
-        self.P2_conv1, self.P2_bn1 = nn.Conv2d(c2, channels, 1), norm()
         self.P5_conv2, self.P5_bn2 = smooth(), norm()
+        self.P4_conv1, self.P4_bn1 = nn.Conv2d(c4, channels, 1), norm()
         self.P4_conv2, self.P4_bn2 = smooth(), norm()
+        self.P3_conv1, self.P3_bn1 = nn.Conv2d(c3, channels, 1), norm()
         self.P3_conv2, self.P3_bn2 = smooth(), norm()
+        self.P2_conv1, self.P2_bn1 = nn.Conv2d(c2, channels, 1), norm()
         self.P2_conv2, self.P2_bn2 = smooth(), norm()
 
     @torch.no_grad()
@@ -329,6 +329,7 @@ class RPN(nn.Module):
         for layer in hidden:
             features = [F.relu(layer(feature)) for feature in features]
         ratios = self.anchors_per_cell
+        logits = self.conv_class.out_channels // ratios
         ratio, cells = anchor_index % ratios, anchor_index // ratios
         (size, _), (stride, _) = conv.kernel_size, conv.stride
         reach = torch.arange(size, device=cells.device)
@@ -350,7 +351,7 @@ class RPN(nn.Module):
         x = F.relu(F.conv2d(patches.permute(0, 3, 1, 2), conv.weight, conv.bias), inplace=True)
         rows = torch.arange(len(cells), device=cells.device)
         return RPNOutput(
-            self.conv_class(x).view(len(x), ratios, -1)[rows, ratio],
+            self.conv_class(x).view(-1, ratios, logits)[rows, ratio],
             self.conv_bbox(x).view(-1, ratios, 4)[rows, ratio],
         )
 
@@ -796,7 +797,8 @@ class MaskRCNN(nn.Module):
         """The losses of a batch, or, without targets, what predict() finds in it.
 
         Args:
-            images: [B, C, H, W] uint8, or float32 of 0..255; sides multiples of IMAGE_SIZE_DIVISOR.
+            images: [B, C, H, W] uint8, or float32 of 0..255 in the mode "shortest_edge"; sides
+                multiples of IMAGE_SIZE_DIVISOR.
             targets: for each image a dict as dataset.py makes it, of tensors on any device:
                 class_ids [N] int64, 1..K-1, negative for crowds;
                 boxes [N, 4] float32, network pixels, of positive height and width;
