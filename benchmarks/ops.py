@@ -2,7 +2,8 @@
 
 Each row runs both in turn and compares the medians. The boxes of nms are clustered like proposals,
 and both have to keep the same ones. crop_and_resize and roi_align(sampling_ratio=1) take as many
-samples, one per bin, at slightly different places.
+samples, one per bin, at slightly different places. Both roi_aligns pool the same boxes from the
+same pyramid, and have to agree; the last rows are on one thread.
 """
 
 import statistics
@@ -15,10 +16,11 @@ import torchvision
 from torch import Tensor
 
 from nms import is_compiled, nms
-from roialign import crop_and_resize
+from roialign import crop_and_resize, roi_align
 
 IOU_THRESHOLD = 0.7
 CHANNELS, HEIGHT, WIDTH, ROIS, POOL = 256, 200, 272, 1000, 7
+IMAGE_HEIGHT, IMAGE_WIDTH, STRIDES = 800, 1216, (4, 8, 16, 32)
 
 
 def clustered_boxes(count: int) -> tuple[Tensor, Tensor]:
@@ -77,6 +79,46 @@ def compare_crops(layout: torch.memory_format, rounds: int = 11) -> None:
     report(f"crop_and_resize backward, {name}", rounds, our_grad, their_grad)
 
 
+def pyramid_boxes(count: int) -> list[Tensor]:
+    """Boxes of 15 to 730 pixels in the cells of their level, by the rule of the FPN paper."""
+    centre = torch.rand(count, 2) * torch.tensor([IMAGE_HEIGHT, IMAGE_WIDTH])
+    size = torch.exp(3.9 * torch.rand(count, 1) + 2.7) * torch.exp(0.4 * torch.randn(count, 2))
+    boxes = torch.cat([centre - size / 2, centre + size / 2], dim=1)
+    boxes = boxes.clamp(min=0).minimum(torch.tensor([IMAGE_HEIGHT, IMAGE_WIDTH] * 2))
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    level = (2 + torch.log2(area.sqrt() / 224)).floor().clamp(0, 3)
+    return [boxes[level == k] / stride for k, stride in enumerate(STRIDES)]
+
+
+@torch.no_grad()
+def compare_align(layout: torch.memory_format, rounds: int = 11) -> None:
+    """torchvision gets contiguous tensors, which are its best case."""
+    sides = [(IMAGE_HEIGHT // stride, IMAGE_WIDTH // stride) for stride in STRIDES]
+    levels = [torch.randn(1, CHANNELS, *side) for side in sides]
+    own_levels = [level.to(memory_format=layout) for level in levels]
+    for count, pool in ((ROIS, POOL), (100, 14)):
+        boxes = pyramid_boxes(count)
+        index = [torch.zeros(len(members), dtype=torch.int64) for members in boxes]
+        rois = [
+            torch.cat([torch.zeros(len(members), 1), members[:, [1, 0, 3, 2]]], dim=1)
+            for members in boxes
+        ]
+        for ratio, aligned in ((2, False), (0, True)):
+            our_call = partial(
+                roi_align, height=pool, width=pool, sampling_ratio=ratio, aligned=aligned
+            )
+            their_call = partial(
+                torchvision.ops.roi_align, output_size=pool, sampling_ratio=ratio, aligned=aligned
+            )
+            ours = partial(lambda *each: list(map(*each)), our_call, own_levels, boxes, index)
+            theirs = partial(lambda *each: list(map(*each)), their_call, levels, rois)
+            for own, other in zip(ours(), theirs(), strict=True):
+                torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5, check_stride=False)
+            name = f"{str(layout).removeprefix('torch.')}, {count} x {CHANNELS} x {pool} x {pool}"
+            samples = f"{ratio} x {ratio}" if ratio else "adaptive"
+            report(f"roi_align forward, {name}, {samples} samples", rounds, ours, theirs)
+
+
 def main() -> None:
     torch.set_num_threads(2)
     torch.manual_seed(0)
@@ -87,6 +129,10 @@ def main() -> None:
     compare_nms(50_000, rounds=3)
     compare_crops(torch.contiguous_format)
     compare_crops(torch.channels_last)
+    compare_align(torch.contiguous_format, rounds=5)
+    compare_align(torch.channels_last)
+    torch.set_num_threads(1)
+    compare_align(torch.channels_last)
 
 
 if __name__ == "__main__":

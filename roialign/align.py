@@ -29,12 +29,12 @@ def roi_align(
     a cell outside: 0 is the centre of the first cell, size - 1 that of the last, and a sample
     outside [-1, size] counts as 0. So does one that is not finite. The values are those of
     torchvision.ops.roi_align and of detectron2's ROIAlign with spatial_scale 1, except for
-    rounding, and for boxes that the latter two do not define.
+    rounding and for boxes at which those fail or read outside of the map.
 
     With an adaptive number, boxes that are empty, flipped, not finite or longer than 2^24 cells
-    give zeros; with a fixed number, a flipped box is mirrored. The work does not grow with the part
-    of a box that lies outside of the map. The gradient flows to the features only, and on the CPU
-    it does not depend on the number of threads.
+    give zeros (aligned=False makes the first two a cell long); with a fixed one, aligned mirrors a
+    flipped box. The work does not grow with the part of a box that lies outside of the map. The
+    gradient flows to the features only, and on the CPU it does not depend on the number of threads.
 
     Source: Mask R-CNN, section 3, and `aligned` of detectron2.
 

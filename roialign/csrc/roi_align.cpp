@@ -188,8 +188,8 @@ constexpr Names kNames{"roi_align", "features"};
 
 Sampling make_sampling(int64_t ratio, bool aligned) {
   constexpr int64_t kMaxRatio = 1024;  // so that a call ends
-  TORCH_CHECK_VALUE(ratio >= 0 && ratio <= kMaxRatio, "roi_align: sampling_ratio must be within 0..",
-                    kMaxRatio, ", got ", ratio, "; 0 adapts the number of samples to the box");
+  TORCH_CHECK_VALUE(ratio >= 0 && ratio <= kMaxRatio,
+                    "roi_align: sampling_ratio must be within 0..", kMaxRatio, ", got ", ratio, "; 0 adapts the number of samples to the box");
   return {ratio, aligned};
 }
 
