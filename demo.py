@@ -78,7 +78,15 @@ def draw_stages(
     """Detects in one image; the result as of detect(masks="rle"), and a picture of each stage."""
     molded, windows = model.mold_inputs([image])
     prediction = model.predict(molded, windows)
-    result = modellib.unmold_detections(prediction, 0, image.shape, windows[0], "rle", model.config)
+    result = modellib.unmold_detections(
+        prediction.detections,
+        prediction.mask_probs,
+        0,
+        image.shape,
+        windows[0],
+        "rle",
+        model.config,
+    )
 
     def pixels(boxes: torch.Tensor) -> np.ndarray:
         return modellib.unmold_boxes(boxes, windows[0], image.shape, model.config).cpu().numpy()

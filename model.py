@@ -1,9 +1,9 @@
 """Mask R-CNN (He et al. 2017, arXiv:1703.06870) on a ResNet feature pyramid.
 
 Top-down in the order of the data: ResNet, feature pyramid, region proposals, RoIAlign, the two
-heads, detections, and `MaskRCNN`, which ties them together; targets.py and losses.py are for
-training. By default the arithmetic is that of Matterport's Keras model, so that its published
-weights give its detections; options change it to that of other libraries, see presets.py.
+heads, and `MaskRCNN`, which ties them together; detections.py makes results of what the heads say,
+targets.py and losses.py are for training. By default the arithmetic is that of Matterport's Keras
+model, so that its published weights give its detections; presets.py has that of other libraries.
 "The port" is multimodallearning/pytorch-mask-rcnn, whose state_dict keys these are.
 
 Letters in shapes: B images, A anchors of an image, R rois of the batch, N detections, K classes,
@@ -39,6 +39,8 @@ import weights
 from augmentation import Augmentation
 from config import BACKBONE_OPTIONS, RESNETS, Config
 from dataset import check_batch
+from detections import Detections, Rois, are_larger, refine_detections, unmold_detections
+from detections import unmold_boxes as unmold_boxes
 from fused import convolve
 from losses import (
     mrcnn_bbox_loss,
@@ -47,7 +49,7 @@ from losses import (
     rpn_bbox_loss,
     rpn_class_loss,
 )
-from nms import batched_nms, nms
+from nms import nms
 from roialign import crop_and_resize, roi_align
 from targets import RoiTargets, RPNTargets, build_rpn_targets, sample_rois
 
@@ -59,23 +61,6 @@ class RPNOutput(NamedTuple):
 
     logits: Tensor  # [B, A, 2] background, foreground; [B, A, 1] unless RPN_SCORE is "softmax"
     deltas: Tensor  # [B, A, 4] dy, dx, log(dh), log(dw) in units of RPN_BBOX_STD_DEV
-
-
-class Rois(NamedTuple):
-    """Boxes of all images of a batch in one list, images in ascending order."""
-
-    boxes: Tensor  # [R, 4] the BOX_FRAME
-    image_index: Tensor  # [R] int64
-
-
-class Detections(NamedTuple):
-    """Final boxes of all images of a batch: images ascending, then scores descending."""
-
-    boxes: Tensor  # [N, 4] the BOX_FRAME
-    class_ids: Tensor  # [N] int64
-    scores: Tensor  # [N]
-    image_index: Tensor  # [N] int64
-    roi_index: Tensor  # [N] int64, the proposal it was refined from
 
 
 class Prediction(NamedTuple):
@@ -416,13 +401,6 @@ def proposal_layer(
     return Rois(torch.cat(boxes), torch.cat(image_index))
 
 
-def are_larger(boxes: Tensor, size: float | None) -> Tensor:
-    """Which boxes [N, 4] have sides above size, [N] bool; all if it is None."""
-    if size is None:
-        return torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
-    return (boxes[:, 2:] - boxes[:, :2] > size).all(dim=1)
-
-
 ############################################################
 #  RoIAlign over the pyramid
 ############################################################
@@ -575,126 +553,6 @@ class Mask(nn.Module):
         logits = (x.flatten(1, 3) @ weight[:, :, None]).view(*x.shape[:3], 2, 2)
         logits = logits.transpose(2, 3).flatten(3, 4).flatten(1, 2)
         return logits + self.conv5.bias[class_ids, None, None]
-
-
-############################################################
-#  Detections
-############################################################
-
-
-def refine_detections(
-    proposals: Rois, class_probs: Tensor, class_deltas: Tensor, windows: Tensor, config: Config
-) -> Detections:
-    """Boxes of the likeliest class of each proposal, refined, clipped and without duplicates.
-
-    With DETECTION_PER_CLASS, those of each class that is likely enough.
-
-    Args:
-        proposals: the rois that the classifier judged.
-        class_probs: [R, K].
-        class_deltas: [R, K, 4] in units of BBOX_STD_DEV.
-        windows: [B, 4] the BOX_FRAME, the part of each network input that shows the image.
-
-    Source: Mask R-CNN paper, section 3.1, inference.
-    """
-    if config.DETECTION_PER_CLASS:
-        rows, class_ids = (class_probs[:, 1:] >= config.DETECTION_MIN_CONFIDENCE).nonzero().T
-        class_ids = class_ids + 1
-    else:
-        scores, likeliest = class_probs.max(dim=1)
-        rows = ((likeliest > 0) & (scores >= config.DETECTION_MIN_CONFIDENCE)).nonzero()[:, 0]
-        class_ids = likeliest[rows]
-    scores, image_index = class_probs[rows, class_ids], proposals.image_index[rows]
-    deltas = class_deltas[rows, class_ids] * class_deltas.new_tensor(config.BBOX_STD_DEV)
-    boxes = utils.apply_box_deltas(proposals.boxes[rows], deltas, config.BBOX_LOG_SCALE_LIMIT)
-    boxes = utils.clip_boxes(boxes, windows[image_index])
-    large = are_larger(boxes, config.DETECTION_MIN_SIZE)
-    boxes, rows, class_ids = boxes[large], rows[large], class_ids[large]
-    scores, image_index = scores[large], image_index[large]
-
-    group = image_index * config.NUM_CLASSES + class_ids
-    keep = batched_nms(boxes, scores, group, config.DETECTION_NMS_THRESHOLD)
-    keep = torch.cat(
-        [
-            keep[image_index[keep] == image][: config.DETECTION_MAX_INSTANCES]
-            for image in range(len(windows))
-        ]
-    )
-    return Detections(boxes[keep], class_ids[keep], scores[keep], image_index[keep], rows[keep])
-
-
-def unmold_boxes(
-    boxes: Tensor, window: Tensor, image_shape: Sequence[int], config: Config
-) -> Tensor:
-    """Boxes [N, 4] of the BOX_FRAME in image pixels, within the image.
-
-    Args:
-        window: [4] the BOX_FRAME, the part of the network input that shows the image.
-        image_shape: (height, width, ...) of the image.
-
-    Returns:
-        [N, 4] float32; whole numbers if MASK_PASTE is "rounded".
-    """
-    # A window of one pixel has no extent in the unit frame.
-    shift, scale = window[:2].repeat(2), (window[2:] - window[:2]).clamp(min=1e-9).repeat(2)
-    boxes = (boxes - shift) / scale
-    if config.BOX_FRAME == "unit":
-        boxes = utils.denorm_boxes(boxes, image_shape).float()
-    else:
-        boxes = boxes * boxes.new_tensor(image_shape[:2]).repeat(2)
-        boxes = utils.clip_boxes(boxes, (0.0, 0.0, *map(float, image_shape[:2])))
-    return boxes.round() if config.MASK_PASTE == "rounded" else boxes
-
-
-def unmold_detections(
-    prediction: Prediction,
-    image: int,
-    image_shape: Sequence[int],
-    window: Tensor,
-    masks: str,
-    config: Config,
-) -> dict[str, Any]:
-    """The detections of one image of a batch, in the form that MaskRCNN.detect returns.
-
-    Args:
-        image: position in the batch.
-        image_shape: (height, width, ...) of the image before it was molded.
-        window: [4] the BOX_FRAME, the part of the network input that shows the image.
-        masks: "full", "rle" or "box".
-    """
-    detections = prediction.detections
-    members = (detections.image_index == image).nonzero()[:, 0]
-    boxes = unmold_boxes(detections.boxes[members], window, image_shape, config)
-    # Boxes thinner than a pixel of the image can round to nothing.
-    visible = are_larger(boxes, 0)
-    boxes, members = boxes[visible], members[visible]
-
-    size = (image_shape[0], image_shape[1])
-    rois = boxes.round().int()
-    parts = (
-        utils.paste_mask(probs, box, size, config.MASK_PASTE)
-        for probs, box in zip(prediction.mask_probs[members], boxes.tolist(), strict=True)
-    )
-    found: Any
-    if masks == "full":
-        canvas = torch.zeros(len(boxes), *size, dtype=torch.bool, device=boxes.device)
-        for row, (part, (y1, x1, y2, x2)) in zip(canvas, parts, strict=True):
-            row[y1:y2, x1:x2] = part
-        found = canvas.permute(1, 2, 0).cpu().numpy()  # [H, W, N]
-    else:
-        found = [
-            utils.rle_encode(part.cpu().numpy(), corners, size)
-            if masks == "rle"
-            else utils.crop_part(part.cpu().numpy(), corners, roi)
-            for (part, corners), roi in zip(parts, rois.tolist(), strict=True)
-        ]
-    return {
-        "rois": rois.cpu().numpy(),
-        "boxes": boxes.cpu().numpy(),
-        "class_ids": detections.class_ids[members].to(torch.int32).cpu().numpy(),
-        "scores": detections.scores[members].cpu().numpy(),
-        "masks": found,
-    }
 
 
 ############################################################
@@ -926,7 +784,15 @@ class MaskRCNN(nn.Module):
         molded, windows = self.mold_inputs(images)
         prediction = self.predict(molded, windows)
         results = [
-            unmold_detections(prediction, i, image.shape, windows[i], masks, self.config)
+            unmold_detections(
+                prediction.detections,
+                prediction.mask_probs,
+                i,
+                image.shape,
+                windows[i],
+                masks,
+                self.config,
+            )
             for i, image in enumerate(images)
         ]
         if verbose:

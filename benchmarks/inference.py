@@ -103,7 +103,7 @@ def stage_seconds(model: modellib.MaskRCNN, image: np.ndarray) -> dict[str, floa
     lap("resize")
     *features, p6 = model.fpn(model.normalize(images))
     lap("fpn")
-    rpn, proposals = model.propose([*features, p6], shape, windows)
+    _, proposals = model.propose([*features, p6], shape, windows)
     lap("proposals")
     logits, deltas = model.classifier(features, proposals, shape)
     probs = logits.softmax(dim=1)
@@ -112,8 +112,7 @@ def stage_seconds(model: modellib.MaskRCNN, image: np.ndarray) -> dict[str, floa
     rois = modellib.Rois(detections.boxes, detections.image_index)
     masks = model.mask(features, rois, detections.class_ids, shape).sigmoid()
     lap("masks")
-    prediction = modellib.Prediction(rpn, proposals, probs, deltas, detections, masks)
-    modellib.unmold_detections(prediction, 0, image.shape, windows[0], "full", config)
+    modellib.unmold_detections(detections, masks, 0, image.shape, windows[0], "full", config)
     lap("paste")
     return seconds
 

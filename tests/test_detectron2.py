@@ -210,7 +210,13 @@ def test_detections(network, runs, name):
     for image, key in enumerate(members(name)):
         shape = read(key.removeprefix("batch/")).shape
         found = modellib.unmold_detections(
-            prediction, image, shape, windows[image], "full", model.config
+            prediction.detections,
+            prediction.mask_probs,
+            image,
+            shape,
+            windows[image],
+            "full",
+            model.config,
         )
         boxes, scores = golden[f"{key}/pred_boxes"][:, [1, 0, 3, 2]], golden[f"{key}/scores"]
         assert len(found["boxes"]) == len(boxes)

@@ -1,0 +1,154 @@
+"""From the outputs of the heads to the detections of an image, as users get them.
+
+Letters in shapes and frames of boxes are those of model.py.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import utils
+from config import Config
+from nms import batched_nms
+
+
+class Rois(NamedTuple):
+    """Boxes of all images of a batch in one list, images in ascending order."""
+
+    boxes: Tensor  # [R, 4] the BOX_FRAME
+    image_index: Tensor  # [R] int64
+
+
+class Detections(NamedTuple):
+    """Final boxes of all images of a batch: images ascending, then scores descending."""
+
+    boxes: Tensor  # [N, 4] the BOX_FRAME
+    class_ids: Tensor  # [N] int64
+    scores: Tensor  # [N]
+    image_index: Tensor  # [N] int64
+    roi_index: Tensor  # [N] int64, the proposal it was refined from
+
+
+def are_larger(boxes: Tensor, size: float | None) -> Tensor:
+    """Which boxes [N, 4] have sides above size, [N] bool; all if it is None."""
+    if size is None:
+        return torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
+    return (boxes[:, 2:] - boxes[:, :2] > size).all(dim=1)
+
+
+def refine_detections(
+    proposals: Rois, class_probs: Tensor, class_deltas: Tensor, windows: Tensor, config: Config
+) -> Detections:
+    """Boxes of the likeliest class of each proposal, refined, clipped and without duplicates.
+
+    With DETECTION_PER_CLASS, those of each class that is likely enough.
+
+    Args:
+        proposals: the rois that the classifier judged.
+        class_probs: [R, K].
+        class_deltas: [R, K, 4] in units of BBOX_STD_DEV.
+        windows: [B, 4] the BOX_FRAME, the part of each network input that shows the image.
+
+    Source: Mask R-CNN paper, section 3.1, inference.
+    """
+    if config.DETECTION_PER_CLASS:
+        rows, class_ids = (class_probs[:, 1:] >= config.DETECTION_MIN_CONFIDENCE).nonzero().T
+        class_ids = class_ids + 1
+    else:
+        scores, likeliest = class_probs.max(dim=1)
+        rows = ((likeliest > 0) & (scores >= config.DETECTION_MIN_CONFIDENCE)).nonzero()[:, 0]
+        class_ids = likeliest[rows]
+    scores, image_index = class_probs[rows, class_ids], proposals.image_index[rows]
+    deltas = class_deltas[rows, class_ids] * class_deltas.new_tensor(config.BBOX_STD_DEV)
+    boxes = utils.apply_box_deltas(proposals.boxes[rows], deltas, config.BBOX_LOG_SCALE_LIMIT)
+    boxes = utils.clip_boxes(boxes, windows[image_index])
+    large = are_larger(boxes, config.DETECTION_MIN_SIZE)
+    boxes, rows, class_ids = boxes[large], rows[large], class_ids[large]
+    scores, image_index = scores[large], image_index[large]
+
+    group = image_index * config.NUM_CLASSES + class_ids
+    keep = batched_nms(boxes, scores, group, config.DETECTION_NMS_THRESHOLD)
+    keep = torch.cat(
+        [
+            keep[image_index[keep] == image][: config.DETECTION_MAX_INSTANCES]
+            for image in range(len(windows))
+        ]
+    )
+    return Detections(boxes[keep], class_ids[keep], scores[keep], image_index[keep], rows[keep])
+
+
+def unmold_boxes(
+    boxes: Tensor, window: Tensor, image_shape: Sequence[int], config: Config
+) -> Tensor:
+    """Boxes [N, 4] of the BOX_FRAME in image pixels, within the image.
+
+    Args:
+        window: [4] the BOX_FRAME, the part of the network input that shows the image.
+        image_shape: (height, width, ...) of the image.
+
+    Returns:
+        [N, 4] float32; whole numbers if MASK_PASTE is "rounded".
+    """
+    # A window of one pixel has no extent in the unit frame.
+    shift, scale = window[:2].repeat(2), (window[2:] - window[:2]).clamp(min=1e-9).repeat(2)
+    boxes = (boxes - shift) / scale
+    if config.BOX_FRAME == "unit":
+        boxes = utils.denorm_boxes(boxes, image_shape).float()
+    else:
+        boxes = boxes * boxes.new_tensor(image_shape[:2]).repeat(2)
+        boxes = utils.clip_boxes(boxes, (0.0, 0.0, *map(float, image_shape[:2])))
+    return boxes.round() if config.MASK_PASTE == "rounded" else boxes
+
+
+def unmold_detections(
+    detections: Detections,
+    mask_probs: Tensor,
+    image: int,
+    image_shape: Sequence[int],
+    window: Tensor,
+    masks: str,
+    config: Config,
+) -> dict[str, Any]:
+    """The detections of one image of a batch, in the form that MaskRCNN.detect returns.
+
+    Args:
+        mask_probs: [N, M, M] of the detections.
+        image: position in the batch.
+        image_shape: (height, width, ...) of the image before it was molded.
+        window: [4] the BOX_FRAME, the part of the network input that shows the image.
+        masks: "full", "rle" or "box".
+    """
+    members = (detections.image_index == image).nonzero()[:, 0]
+    boxes = unmold_boxes(detections.boxes[members], window, image_shape, config)
+    # Boxes thinner than a pixel of the image can round to nothing.
+    visible = are_larger(boxes, 0)
+    boxes, members = boxes[visible], members[visible]
+
+    size = (image_shape[0], image_shape[1])
+    rois = boxes.round().int()
+    parts = (
+        utils.paste_mask(probs, box, size, config.MASK_PASTE)
+        for probs, box in zip(mask_probs[members], boxes.tolist(), strict=True)
+    )
+    found: Any
+    if masks == "full":
+        canvas = torch.zeros(len(boxes), *size, dtype=torch.bool, device=boxes.device)
+        for row, (part, (y1, x1, y2, x2)) in zip(canvas, parts, strict=True):
+            row[y1:y2, x1:x2] = part
+        found = canvas.permute(1, 2, 0).cpu().numpy()  # [H, W, N]
+    else:
+        found = [
+            utils.rle_encode(part.cpu().numpy(), corners, size)
+            if masks == "rle"
+            else utils.crop_part(part.cpu().numpy(), corners, roi)
+            for (part, corners), roi in zip(parts, rois.tolist(), strict=True)
+        ]
+    return {
+        "rois": rois.cpu().numpy(),
+        "boxes": boxes.cpu().numpy(),
+        "class_ids": detections.class_ids[members].to(torch.int32).cpu().numpy(),
+        "scores": detections.scores[members].cpu().numpy(),
+        "masks": found,
+    }
