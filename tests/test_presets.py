@@ -1,0 +1,400 @@
+"""The rules in which families of weights differ: each alone, and torchvision's networks as a whole.
+
+detectron2 as a whole is in test_detectron2.py. data/families_ops.npz holds what operations of
+detectron2 and torchvision gave, in (x1, y1, x2, y2).
+"""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SHARED, TinyNetwork, load_golden, needs_shared
+from PIL import Image
+from reference_inputs import synthetic_image
+from torch import nn
+
+import detections
+import model as modellib
+import presets
+import utils
+from config import Config
+from dataset import collate
+from losses import rpn_class_loss
+from model import MaskRCNN, RPNOutput
+from presets import Detectron2Config, MatterportConfig, TorchvisionConfig, TorchvisionV2Config
+
+YXYX = [1, 0, 3, 2]
+
+
+@pytest.fixture(scope="module")
+def ops():
+    return load_golden("families_ops.npz")
+
+
+# ------------------------------------------------------------------ presets
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [MatterportConfig, TorchvisionConfig, TorchvisionV2Config, Detectron2Config]
+    + [presets.Detectron2X101Config],
+)
+def test_presets_are_valid_and_name_options_only(preset):
+    preset().validate()
+    own = [name for base in preset.__mro__ if base not in Config.__mro__ for name in vars(base)]
+    assert not [name for name in own if name.isupper() and not Config.has_option(name)]
+
+
+def test_matterports_preset_is_the_default():
+    assert MatterportConfig().to_dict() == Config().to_dict()
+
+
+def test_each_preset_says_what_another_one_sets():
+    """Else the table that they are would have holes where they differ."""
+    families = (MatterportConfig, TorchvisionConfig, Detectron2Config)
+    values = {name: {} for preset in families for name in presets.options_of(preset)}
+    for preset in families:
+        for name in values:
+            values[name][preset] = getattr(preset, name)
+    for name, found in values.items():
+        for preset, value in found.items():
+            if name not in vars(preset):
+                # What is left out is the default.
+                assert value == getattr(Config, name)
+
+
+# ------------------------------------------------------------------ single rules
+
+
+@pytest.mark.parametrize("family", ["d2", "torchvision"])
+def test_anchors(ops, family):
+    config = {"d2": Detectron2Config, "torchvision": TorchvisionConfig}[family]()
+    levels = [f"p{i}" for i in range(4, 7)]  # the others would be large
+    options = config.anchor_options((64, 96))
+    shapes = [tuple(shape) for shape in ops["anchors/grid_sizes"]]
+    assert options["feature_shapes"] == shapes
+    found = utils.generate_pyramid_anchors(**options)
+    start = 3 * sum(h * w for h, w in shapes[:2])
+    expected = np.concatenate([ops[f"anchors/{family}/{level}"] for level in levels])
+    np.testing.assert_allclose(found[start:], expected[:, YXYX], atol=1e-4)
+    if family == "torchvision":
+        assert config.anchor_strides((64, 96)) == [
+            tuple(s) for s in ops["anchors/strides_torchvision"]
+        ]
+        assert config.anchor_strides((800, 800))[4] == (61, 61)
+
+
+def test_deltas_are_limited(ops):
+    boxes = torch.from_numpy(ops["apply_deltas/boxes"][:, YXYX])[:46]
+    limit = Detectron2Config.BBOX_LOG_SCALE_LIMIT
+    assert limit == pytest.approx(float(ops["apply_deltas/scale_clamp"]))
+    for key, config in (("w1", "RPN_BBOX_STD_DEV"), ("w10_5", "BBOX_STD_DEV")):
+        std = torch.tensor(getattr(Detectron2Config(), config))
+        for i in range(3):
+            deltas = torch.from_numpy(ops["apply_deltas/deltas"][:46, 4 * i : 4 * i + 4][:, YXYX])
+            found = utils.apply_box_deltas(boxes, deltas * std, limit)
+            expected = ops[f"apply_deltas/{key}"][:46, 4 * i : 4 * i + 4][:, YXYX]
+            np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("family", "preset"), [("d2", Detectron2Config), ("torchvision", TorchvisionConfig)]
+)
+def test_levels(ops, family, preset):
+    boxes = torch.from_numpy(ops["levels/boxes"][:, YXYX])[:-1]  # without the flipped one
+    found = modellib.roi_levels(boxes, (800, 800), preset())
+    assert found.tolist() == ops[f"levels/{family}"][:-1].tolist()
+
+
+@pytest.mark.parametrize(
+    ("family", "rule", "most"), [("d2", "sampled", 2), ("torchvision", "expanded", 2)]
+)
+def test_pasting(ops, family, rule, most):
+    """All but the pixels whose probability is 0.5 to rounding."""
+    shape = tuple(ops["paste/image_shape"].tolist())
+    masks = np.unpackbits(ops[f"paste/{family}_packed"]).reshape(-1, *shape).astype(bool)
+    for mask, box, expected in zip(ops["paste/masks"], ops["paste/boxes"], masks, strict=True):
+        full = np.zeros(shape, dtype=bool)
+        part, (y1, x1, y2, x2) = utils.paste_mask(
+            torch.from_numpy(mask), box[YXYX].tolist(), shape, rule
+        )
+        full[y1:y2, x1:x2] = part.numpy()
+        assert np.count_nonzero(full != expected) <= most
+
+
+def test_part_of_a_mask_in_a_box():
+    part = np.arange(6).reshape(2, 3) > 0
+    full = np.zeros((9, 9), dtype=bool)
+    full[2:4, 3:6] = part
+    for box in ((2, 3, 4, 6), (0, 0, 9, 9), (3, 4, 8, 5), (1, 5, 3, 9), (7, 7, 9, 9)):
+        expected = full[box[0] : box[2], box[1] : box[3]]
+        np.testing.assert_array_equal(utils.crop_part(part, (2, 3, 4, 6), box), expected)
+
+
+@pytest.mark.parametrize(
+    ("preset", "size", "expected"),
+    [
+        # 800 / 480 * 640 = 1066.7; 1333 / 900 * 200 = 296.2; 800 / 333 * 500 = 1201.2
+        (TorchvisionConfig, (480, 640), (800, 1066)),
+        (Detectron2Config, (480, 640), (800, 1067)),
+        (TorchvisionConfig, (200, 900), (296, 1333)),
+        (Detectron2Config, (200, 900), (296, 1333)),
+        (TorchvisionConfig, (500, 333), (1201, 800)),
+        (Detectron2Config, (1600, 2400), (800, 1200)),
+    ],
+)
+def test_the_shortest_edge(preset, size, expected):
+    config = preset()
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    resized = utils.resize_to_network(image, config)
+    height, width = expected
+    assert resized.window == (0, 0, height, width)
+    assert resized.image.shape == (-(-height // 32) * 32, -(-width // 32) * 32, 3)
+    assert resized.image.dtype == np.float32
+    grey = resized.image[height:].reshape(-1, 3), resized.image[:, width:].reshape(-1, 3)
+    for pixels in grey:
+        np.testing.assert_array_equal(
+            pixels, np.broadcast_to(np.float32(config.MEAN_PIXEL), pixels.shape)
+        )
+    inside = resized.image[:height, :width]
+    if preset is Detectron2Config:
+        pillow = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+        np.testing.assert_array_equal(inside, np.asarray(pillow))
+    else:
+        planes = torch.from_numpy(image).permute(2, 0, 1)[None].double()
+        exact = F.interpolate(planes, size=expected, mode="bilinear")[0].permute(1, 2, 0)
+        np.testing.assert_allclose(inside, exact.numpy(), atol=1e-4)
+    masks = np.ones((*size, 1), dtype=bool)
+    found = utils.resize_mask(masks, resized.scale, resized.padding)[:, :, 0]
+    assert found.shape == resized.image.shape[:2]
+    assert found[:height, :width].all()
+    assert found.sum() == height * width
+
+
+def test_a_batch_of_several_sizes_is_padded_with_the_mean():
+    config = Detectron2Config()
+    items = []
+    for size in ((40, 60), (60, 40)):
+        image = utils.resize_to_network(np.zeros((*size, 3), np.uint8), config).image
+        items.append((torch.from_numpy(image).permute(2, 0, 1), {"masks": torch.ones(0, 28, 28)}))
+    images, _ = collate(items, config.padding_value)
+    assert images.shape == (2, 3, 1216, 1216)
+    corner = images[:, :, 1215, 1215]
+    torch.testing.assert_close(corner, torch.tensor([config.MEAN_PIXEL] * 2), rtol=0, atol=0)
+
+
+def test_levels_compete_only_with_themselves():
+    config = Detectron2Config(PRE_NMS_LIMIT=2, POST_NMS_ROIS_INFERENCE=4)
+    # Two levels of three anchors: of each the best two, of all the best four.
+    anchors = torch.tensor(
+        [[0.0, 0, 10, 10], [0, 0, 10, 11], [50, 50, 60, 60]]
+        + [[0, 0, 10, 10], [80, 80, 90, 90], [90, 90, 95, 95]]
+    )
+    logits = torch.tensor([3.0, 2, 1, 2.5, 5, 4]).view(1, 6, 1)
+    rpn = RPNOutput(logits, torch.zeros(1, 6, 4))
+    region = torch.tensor([[0.0, 0, 100, 85]])
+    found = modellib.proposal_layer(rpn, anchors, region, [3, 3], 4, config)
+    # The third anchor is not among the best two of its level, the sixth lies outside of the region
+    # and has no area; the second overlaps the first, the fourth only one of another level.
+    expected = [[80.0, 80, 90, 85], [0, 0, 10, 10]]
+    assert found.boxes.tolist() == expected
+    together = Detectron2Config(RPN_PER_LEVEL=False, RPN_MIN_SIZE=None)
+    found = modellib.proposal_layer(rpn, anchors, region, [3, 3], 9, together)
+    assert len(found.boxes) == 4  # of the three in one corner only the first
+
+
+def test_scores_that_round_to_one_keep_the_order_of_their_logits():
+    anchors = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30], [40, 40, 50, 50]])
+    rpn = RPNOutput(torch.tensor([30.0, 40, 35]).view(1, 3, 1), torch.zeros(1, 3, 4))
+    region = torch.tensor([[0.0, 0, 100, 100]])
+    for preset in (TorchvisionConfig, Detectron2Config):
+        found = modellib.proposal_layer(rpn, anchors, region, [3], 9, preset())
+        assert found.boxes[:, 0].tolist() == [20, 40, 0]
+
+
+def test_the_loss_of_one_logit_is_that_of_two_of_the_same_probability():
+    torch.manual_seed(0)
+    one = torch.randn(50, 1)
+    match = torch.randint(-1, 2, (50,)).to(torch.int8)
+    two = torch.cat([torch.zeros(50, 1), one], dim=1)  # sigmoid(x) = softmax((0, x))
+    torch.testing.assert_close(rpn_class_loss(match, one), rpn_class_loss(match, two))
+
+
+def test_boxes_keep_their_fractions_in_the_image():
+    window = torch.tensor([0.0, 0, 800, 1067])
+    boxes = torch.tensor([[80.4, 106.7, 400.2, 1067.5]])
+    found = detections.unmold_boxes(boxes, window, (480, 640), Detectron2Config())
+    expected = [80.4 * 0.6, 106.7 * 640 / 1067, 400.2 * 0.6, 640]
+    np.testing.assert_allclose(found[0].numpy(), expected, rtol=1e-6)
+    rounded = Detectron2Config(MASK_PASTE="rounded")
+    assert detections.unmold_boxes(boxes, window, (480, 640), rounded).tolist() == [
+        [48, 64, 240, 640]
+    ]
+
+
+# ------------------------------------------------------------------ ResNets
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnet152", "resnext50_32x4d", "resnext101_32x8d"])
+def test_shapes_of_resnets_are_those_of_torchvision(name):
+    theirs = getattr(pytest.importorskip("torchvision").models, name)
+    with torch.device("meta"):
+        theirs = theirs(weights=None).state_dict()
+        stages = modellib.build_backbone(Config(BACKBONE=name))
+    ours = [p.shape for stage in stages for p in stage.parameters() if p.dim() == 4]
+    theirs = [p.shape for p in theirs.values() if p.dim() == 4]
+    assert sorted(ours) == sorted(theirs)
+
+
+# ------------------------------------------------------------------ training
+
+
+class TinyPreset(TinyNetwork):
+    NUM_CLASSES = 3
+    IMAGE_MAX_DIM = 192
+    MAX_GT_INSTANCES = 10
+
+
+@pytest.mark.parametrize(
+    "preset", [TorchvisionConfig, TorchvisionV2Config, Detectron2Config, MatterportConfig]
+)
+@pytest.mark.parametrize("mini", [True, False])
+def test_a_network_of_each_family_learns_an_object(preset, mini):
+    """Its losses fall to a part of what they were, and it finds the object with its mask."""
+    torch.manual_seed(0)
+    sizes = {n: v for n, v in vars(TinyPreset).items() if n.isupper()}
+    sizes |= {n: v for n, v in vars(TinyNetwork).items() if n.isupper() and n not in sizes}
+    config = preset(**sizes, USE_MINI_MASK=mini, DETECTION_MIN_CONFIDENCE=0.5, TRAIN_BN=True)
+    model = MaskRCNN(config)
+    image = np.full((128, 160, 3), 60, np.uint8)
+    image[40:90, 30:110] = (200, 40, 40)
+    image[40:60, 30:50] = 60  # a corner is missing
+    resized = utils.resize_to_network(image, config)
+    mask = (image[:, :, 0] == 200)[:, :, None]
+    mask = utils.resize_mask(mask, resized.scale, resized.padding)
+    boxes = utils.extract_bboxes(mask)
+    planes = utils.minimize_mask(boxes, mask, config.MINI_MASK_SHAPE) if mini else mask
+    target = {
+        "class_ids": torch.tensor([2]),
+        "boxes": torch.from_numpy(boxes).float(),
+        "masks": torch.from_numpy(np.ascontiguousarray(planes.transpose(2, 0, 1))),
+        "window": torch.tensor(resized.window).float(),
+    }
+    images = torch.from_numpy(resized.image).permute(2, 0, 1)[None]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    totals = []
+    for _ in range(60):
+        losses = model(images, [target])
+        total = sum(losses.values())
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        totals.append(total.item())
+    assert np.mean(totals[-5:]) < 0.3 * np.mean(totals[:3])
+    with torch.no_grad():
+        for module in model.modules():  # as it was in training
+            module.track_running_stats = False if isinstance(module, nn.BatchNorm2d) else None
+    model.eval()
+
+
+# ------------------------------------------------------------------ torchvision as a whole
+
+
+def sensible(network):
+    """Random weights with which a network finds objects, of scores and classes of many kinds."""
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(tensor, scale):
+        tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale)
+
+    def near(tensor, value):
+        tensor.copy_(value * (0.8 + 0.4 * torch.rand(tensor.shape, generator=generator)))
+
+    with torch.no_grad():
+        for name, module in network.named_modules():
+            if isinstance(module, nn.Conv2d | nn.Linear | nn.ConvTranspose2d):
+                normal(module.weight, math.sqrt(2 / module.weight[0].numel()))
+                if module.bias is not None:
+                    normal(module.bias, 0.05)
+            elif hasattr(module, "running_var"):
+                near(module.weight, 0.3 if name.endswith("bn3") else 1)
+                near(module.running_var, 1)
+                normal(module.bias, 0.1)
+                normal(module.running_mean, 0.1)
+        network.rpn.head.cls_logits.weight.mul_(0.3)
+        network.rpn.head.bbox_pred.weight.mul_(0.1)
+        network.roi_heads.box_predictor.cls_score.weight.mul_(0.3)
+        network.roi_heads.box_predictor.bbox_pred.weight.mul_(0.05)
+    return network.eval()
+
+
+@pytest.fixture(scope="module", params=["v1", "v2"])
+def pair(request, tmp_path_factory):
+    """torchvision's network and ours, with the weights that it saved."""
+    detection = pytest.importorskip("torchvision").models.detection
+    from torchvision.ops import FrozenBatchNorm2d
+
+    if request.param == "v2":
+        theirs = detection.maskrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None)
+    else:
+        # As its published weights are loaded: frozen, and with an eps of 0.
+        theirs = detection.maskrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+        body = theirs.backbone.body
+        for name, module in list(body.named_modules()):
+            if isinstance(module, nn.BatchNorm2d):
+                parent, _, leaf = name.rpartition(".")
+                frozen = FrozenBatchNorm2d(module.num_features, eps=0.0)
+                setattr(body.get_submodule(parent), leaf, frozen)
+    theirs = sensible(theirs)
+    path = tmp_path_factory.mktemp("weights") / f"{request.param}.pth"
+    torch.save(theirs.state_dict(), path)
+    return theirs, MaskRCNN.from_weights(path)
+
+
+def assert_same_detections(theirs, ours, image):
+    """One list, but for what the noise of the arithmetic may put above or below a limit."""
+    with torch.no_grad():
+        (found,) = theirs([torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255])
+    expected = {name: found[name].numpy() for name in ("boxes", "labels", "scores")}
+    masks = found["masks"][:, 0].numpy() >= 0.5
+    result = ours.detect([image])[0]
+    assert len(expected["scores"]) > 10
+    assert abs(len(expected["scores"]) - len(result["scores"])) <= 2
+    distance = np.abs(expected["boxes"][:, None, YXYX] - result["boxes"]).max(axis=2)
+    distance[expected["labels"][:, None] != result["class_ids"]] = np.inf
+    pair = distance.argmin(axis=1)
+    best = distance[np.arange(len(pair)), pair]
+    # The last of a full list may be another one of nearly the same score.
+    clear = expected["scores"] > max(0.05, expected["scores"].min()) + 2e-4
+    assert best[clear].max() < 0.01
+    assert np.abs(expected["scores"] - result["scores"][pair])[clear].max() < 1e-4
+    for i in np.flatnonzero(clear):
+        ours_i, theirs_i = result["masks"][:, :, pair[i]], masks[i]
+        # Of a random mask many pixels are near one half: two pixels of a small one are noise.
+        wrong = np.count_nonzero(ours_i != theirs_i)
+        assert wrong <= max(2, 0.01 * np.count_nonzero(ours_i | theirs_i))
+
+
+def test_torchvision_on_a_drawing(pair):
+    assert_same_detections(*pair, synthetic_image(240, 320))
+
+
+PHOTOS = sorted((SHARED / "data" / "coco_mini" / "val2017").glob("*.jpg"))[:20]
+
+
+@pytest.mark.slow
+@needs_shared("data/coco_mini/val2017")
+@pytest.mark.parametrize("path", PHOTOS or ["none"], ids=lambda path: getattr(path, "stem", path))
+def test_torchvision_on_photographs(pair, path):
+    with Image.open(path) as image:
+        assert_same_detections(*pair, np.asarray(image.convert("RGB")))
+
+
+def test_no_option_changes_with_the_order_of_loading(pair):
+    """A second model from the first one's checkpoint is the same network."""
+    _, ours = pair
+    assert ours.config.BOX_FRAME == "pixel"
+    assert copy.deepcopy(ours).backbone_options == ours.backbone_options
