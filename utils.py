@@ -306,6 +306,7 @@ def resize_image(
     min_scale: float | None = None,
     mode: str = "square",
     rng: np.random.Generator | None = None,
+    **_ignored: object,
 ) -> ResizedImage:
     """Resizes an image to the network's input, keeping its aspect ratio.
 
