@@ -223,8 +223,10 @@ def generate_pyramid_anchors(
     feature_shapes: Sequence[Sequence[int]] | np.ndarray,
     feature_strides: Sequence[int],
     anchor_stride: int,
+    **_ignored: object,
 ) -> np.ndarray:
     """Anchors [A, 4] float64, network pixels, of all pyramid levels: level i has scales[i]."""
+    feature_strides = [s if np.isscalar(s) else s[0] for s in feature_strides]
     levels = zip(scales, feature_shapes, feature_strides, strict=True)
     return np.concatenate([generate_anchors(s, ratios, f, n, anchor_stride) for s, f, n in levels])
 
