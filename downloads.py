@@ -29,7 +29,7 @@ def _torchvision(file: str) -> Source:
 
 
 def _detectron2(file: str) -> Source:
-    """A file of detectron2's model zoo, which says that the names carry the beginning of the MD5."""
+    """A file of detectron2's model zoo, named after the beginning of its MD5, as the zoo says."""
     checksum = file.removesuffix(".pkl").rpartition("_")[2]
     url = f"https://dl.fbaipublicfiles.com/detectron2/COCO-InstanceSegmentation/{file}"
     return Source(url, checksum=f"md5:{checksum}")

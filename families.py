@@ -230,7 +230,7 @@ def rename(kind: str, names: Iterable[str]) -> dict[str, str]:
     # torchvision numbers the fully connected layers with what lies between them.
     found = (re.match(r"roi_heads\.box_head\.(\d{1,3})\.weight$", name) for name in names)
     dense = sorted(int(match[1]) for match in found if match)
-    table = dict(_TORCHVISION if kind == TORCHVISION else _DETECTRON2)
+    table = dict(_TORCHVISION if kind in (TORCHVISION, TORCHVISION_RESNET) else _DETECTRON2)
     table |= {
         f"roi_heads.box_head.{number}": f"classifier.conv{i}"
         for i, number in enumerate(dense[:2], start=1)
