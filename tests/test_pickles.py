@@ -187,18 +187,14 @@ def test_what_is_asked_for_is_named(path):
         weights.read_state_dict(path)
 
 
-def array_of(shape, data, version=b"K\x01"):
+def array_of(shape, data):
     """The pickle of one float32 array, in a dict, with any shape and bytes."""
     sides = b"(" + b"".join(b"\x8a\x09" + side.to_bytes(9, "little") for side in shape) + b"t"
+    dtype = b"cnumpy\ndtype\n(\x8c\x02f4\x89\x88tR(K\x03\x8c\x01<NNN" + b"J\xff\xff\xff\xff" * 2
+    content = b"B" + len(data).to_bytes(4, "little") + data
     return (
         b"\x80\x04}(\x8c\x01wcnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85"
-        b"C\x01bt R".replace(b" ", b"")
-        + b"("
-        + version
-        + sides
-        + b"cnumpy\ndtype\n(\x8c\x02f4"
-        b"\x89\x88tR(K\x03\x8c\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
-        b"B" + len(data).to_bytes(4, "little") + data + b"tbu."
+        b"C\x01btR(K\x01" + sides + dtype + b"K\x00tb\x89" + content + b"tbu."
     )
 
 
@@ -218,10 +214,10 @@ def test_shapes_must_have_their_bytes(path):
         b"\x80\x05\x96\xff\xff\xff\xff\xff\xff\xff\x0fabc.",
         b"\x80\x04Nr\xff\xff\xff\xff.",  # put aside in the place 2 ** 32 - 1
         b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7fN.",
-        b"\x80\x04" + b"}" * 1_000_001 + b".",
+        b"\x80\x04" + b"}" * 300_001 + b".",
         b"\x80\x04" + b"(" * 100_000 + b".",
-        b"\x80\x04" + b"N" + b"\x85" * 100_000 + b"K\x01" + b"}\x94s.",
-        b"\x80\x04}" + b"N" + b"\x85" * 100_000 + b"K\x01s.",  # a key of 100,000 levels
+        b"\x80\x04" + b"N" + b"\x85" * 30_000 + b"K\x01" + b"}\x94s.",
+        b"\x80\x04}" + b"N" + b"\x85" * 30_000 + b"K\x01s.",  # a key of 30,000 levels
     ],
 )
 def test_memory_is_bounded(path, content):
@@ -256,8 +252,8 @@ def test_damaged_pickles_are_named(path):
 
 
 def test_most_operations_leave_room(path):
-    """A model of 1000 arrays takes a twentieth of what is allowed."""
+    """A model of 1000 arrays takes a fraction of what is allowed."""
     import pickletools
 
     content = pickle.dumps({f"a{i}": np.ones(1, np.float32) for i in range(1000)}, protocol=2)
-    assert sum(1 for _ in pickletools.genops(content)) * 20 < pickles.MOST_OPERATIONS
+    assert sum(1 for _ in pickletools.genops(content)) * 5 < pickles.MOST_OPERATIONS
