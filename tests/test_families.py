@@ -398,12 +398,11 @@ def caffe2_name(name):
     return f"{parts[0]}_{parts[1]}_branch{branch[parts[2]]}_{end}"
 
 
-@pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize("style", ["detectron2", "caffe2"])
-@pytest.mark.parametrize("name", ["resnet50", "resnext101_32x8d"])
+@pytest.mark.parametrize(
+    ("name", "protocol"), [("resnet50", 2), ("resnet50", 4), ("resnext101_32x8d", 4)]
+)
 def test_imagenet_starts_of_detectron2(tmp_path, name, style, protocol):
-    if protocol == 2 and name != "resnet50":
-        pytest.skip("one network of Python 2 is enough")
     found = fw.arrays(fw.resnet_shapes(*RESNETS[name]))
     stem, shift = found["stem.conv1.weight"], found["res3.0.conv2.norm.bias"]
     if style == "caffe2":

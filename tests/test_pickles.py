@@ -2,6 +2,7 @@
 
 import builtins
 import collections
+import contextlib
 import os
 import pickle
 import tracemalloc
@@ -168,7 +169,7 @@ def test_nothing_is_run(path, tmp_path, monkeypatch):
 
 def test_the_attacks_would_work_elsewhere(tmp_path):
     target = tmp_path / "touched"
-    pickle.loads(attacks(target)["os.system, protocol 2"])  # noqa: S301 - what is tested
+    pickle.loads(attacks(target)["os.system, protocol 2"])
     assert target.exists()
 
 
@@ -223,10 +224,8 @@ def test_shapes_must_have_their_bytes(path):
 def test_memory_is_bounded(path, content):
     path.write_bytes(content)
     tracemalloc.start()
-    try:
+    with contextlib.suppress(ValueError, IndexError):
         read_pickle(path)
-    except Exception as error:
-        assert not isinstance(error, MemoryError | RecursionError)
     assert tracemalloc.get_traced_memory()[1] < 150 << 20
     tracemalloc.stop()
 
