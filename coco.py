@@ -33,8 +33,12 @@ from coco_download import SUBSETS
 from coco_download import download as download
 from config import RESNETS, Config
 from dataset import horizontal_flip
+from downloads import PUBLISHED
 from evaluation import build_coco_results as build_coco_results
 from evaluation import evaluate_coco, evaluator
+from families import CATEGORIES as CATEGORIES
+from families import CATEGORY_IDS as CATEGORY_IDS
+from families import CLASS_NAMES
 from inspection import check_objects, inspect
 from mask_files import MasksDataset
 
@@ -46,28 +50,6 @@ class CocoConfig(Config):
 
     NAME = "coco"
     NUM_CLASSES = 1 + 80
-
-
-# Category id of the annotation files and name, in the order of the class ids 1..80.
-CATEGORIES = {
-    **{1: "person", 2: "bicycle", 3: "car", 4: "motorcycle", 5: "airplane", 6: "bus", 7: "train"},
-    **{8: "truck", 9: "boat", 10: "traffic light", 11: "fire hydrant", 13: "stop sign"},
-    **{14: "parking meter", 15: "bench", 16: "bird", 17: "cat", 18: "dog", 19: "horse"},
-    **{20: "sheep", 21: "cow", 22: "elephant", 23: "bear", 24: "zebra", 25: "giraffe"},
-    **{27: "backpack", 28: "umbrella", 31: "handbag", 32: "tie", 33: "suitcase", 34: "frisbee"},
-    **{35: "skis", 36: "snowboard", 37: "sports ball", 38: "kite", 39: "baseball bat"},
-    **{40: "baseball glove", 41: "skateboard", 42: "surfboard", 43: "tennis racket"},
-    **{44: "bottle", 46: "wine glass", 47: "cup", 48: "fork", 49: "knife", 50: "spoon"},
-    **{51: "bowl", 52: "banana", 53: "apple", 54: "sandwich", 55: "orange", 56: "broccoli"},
-    **{57: "carrot", 58: "hot dog", 59: "pizza", 60: "donut", 61: "cake", 62: "chair"},
-    **{63: "couch", 64: "potted plant", 65: "bed", 67: "dining table", 70: "toilet", 72: "tv"},
-    **{73: "laptop", 74: "mouse", 75: "remote", 76: "keyboard", 77: "cell phone"},
-    **{78: "microwave", 79: "oven", 80: "toaster", 81: "sink", 82: "refrigerator", 84: "book"},
-    **{85: "clock", 86: "vase", 87: "scissors", 88: "teddy bear", 89: "hair drier"},
-    **{90: "toothbrush"},
-}
-CATEGORY_IDS = [0, *CATEGORIES]
-CLASS_NAMES = ["BG", *CATEGORIES.values()]
 
 
 # Layers with a part for each class.
@@ -119,13 +101,22 @@ def model_and_data(
     # The file first: a wrong one should be noticed before the data are loaded.
     path = model_file(args, args.BACKBONE or CocoConfig.BACKBONE)
     file = None if path is None else weights.read_state_dict(path)
-    # A run goes on with its own classes; the file may number them otherwise.
-    names = weights.read_options(file).get("CLASS_NAMES") if args.model == "last" and file else None
-    train_set = training_data(args, names or ())
+    train_set = training_data(args, names_to_train(args, file))
     val_set = validation_data(args, train_set.class_names)
     if args.SEED is not None:
         torch.manual_seed(args.SEED)
     return model_to_train(args, file, train_set).to(args.device), train_set, val_set
+
+
+def names_to_train(args: argparse.Namespace, file: weights.WeightFile | None) -> Sequence[str]:
+    """The classes of the file, where the data are to be numbered as they are; else none."""
+    if file is None or args.model == "imagenet":
+        return ()
+    names = weights.read_options(file).get("CLASS_NAMES") or ()
+    # A run goes on with its own classes. On MS COCO so do the heads of a network that knows more:
+    # torchvision has a class for each id, those that no object has too.
+    knows_coco = args.dataset is not None and not args.classes and set(CLASS_NAMES) <= set(names)
+    return names if args.model == "last" or knows_coco else ()
 
 
 def keep_some(
@@ -210,9 +201,10 @@ def evaluate(args: argparse.Namespace) -> None:
         raise ValueError(f"evaluate needs a trained model, got --model={args.model}")
     path = model_file(args)
     assert path is not None
-    # All detections, as Matterport's evaluation keeps them: AP is about all of them.
-    options = config_options(args) | {"DETECTION_MIN_CONFIDENCE": 0.0}
-    model = modellib.MaskRCNN.from_weights(path, **options).to(args.device)
+    file = weights.read_state_dict(path)
+    options = config_options(args) | {"DETECTION_MIN_CONFIDENCE": least_score(file)}
+    model = modellib.MaskRCNN.from_weights(file, **options).to(args.device)
+    del file
     names = model.config.CLASS_NAMES or (CLASS_NAMES if args.model == "coco" else [])
     dataset = evaluation_data(args, names)
     count = min(args.limit or dataset.num_images, dataset.num_images)
@@ -220,6 +212,16 @@ def evaluate(args: argparse.Namespace) -> None:
     result = evaluate_coco(model, dataset, limit=args.limit, results_path=args.results)
     if result is not None:
         print(result)
+
+
+def least_score(file: weights.WeightFile) -> float:
+    """DETECTION_MIN_CONFIDENCE to evaluate a model with: AP is about all detections.
+
+    Those of each class are many, hence the 0.05 that the authors of such models evaluate with.
+    """
+    known = weights.read_options(file)
+    score = known.get("DETECTION_MIN_CONFIDENCE", Config.DETECTION_MIN_CONFIDENCE)
+    return float(score) if known.get("DETECTION_PER_CLASS") and score <= 0.05 else 0.0
 
 
 def inspect_data(args: argparse.Namespace) -> None:
@@ -254,7 +256,7 @@ def training_data(args: argparse.Namespace, names: Sequence[str] = ()) -> utils.
         dataset = load_own(args, args.images, args.annotations, names)
     else:
         subsets = ["train", "valminusminival"] if args.year == "2014" else ["train"]
-        dataset = load_subsets(args, subsets)
+        dataset = load_subsets(args, subsets, names)
     if args.classes:
         all_images = dataset.num_images
         dataset.image_info = [info for info in dataset.image_info if info["annotations"]]
@@ -270,7 +272,7 @@ def validation_data(args: argparse.Namespace, names: Sequence[str]) -> utils.Dat
         names: of the classes of the training data, the background's first.
     """
     if args.dataset is not None:
-        return load_subsets(args, ["minival" if args.year == "2014" else "val"])
+        return load_subsets(args, ["minival" if args.year == "2014" else "val"], names)
     if args.val_annotations is not None:
         return load_own(args, args.val_images or args.images, args.val_annotations, names)
     return None
@@ -344,6 +346,7 @@ layers to epoch 30 at a tenth. Images are flipped at random. What is not given i
 --model, or as in config.py.""",
     "evaluate": """examples:
   python coco.py evaluate --dataset=/path/to/coco --model=coco --limit 0
+  python coco.py evaluate --dataset=/path/to/coco --model=detectron2_r50 --limit 0
   python coco.py evaluate --dataset=/path/to/coco --model=last --results results.json
   python coco.py evaluate --images photos --annotations val.json --model logs/coco.../best.pth
   python coco.py evaluate --images photos --annotations val.json --format via --model last""",
@@ -443,8 +446,9 @@ def add_model_options(parser: cli.Parser, command: str) -> None:
     """Which model, and where it computes. An option in capitals is one of Config."""
     group = parser.add_argument_group("model")
     add = group.add_argument
-    models = {"train": "coco, imagenet, random, last or a file", "evaluate": "coco, last or a file"}
-    add("--model", required=True, help=f"weights: {models[command]} (.h5, .pth)")
+    models = [*PUBLISHED, *(("imagenet", "random") if command == "train" else ()), "last"]
+    text = f"weights: {', '.join(models)} or a file (.h5, .pth, .pkl)"
+    add("--model", required=True, help=text)
     add("--logs", default="logs", metavar="DIR", help="holds the checkpoints; default: logs")
     if command == "train":
         text = "of a new model; default: resnet101"

@@ -2,6 +2,7 @@
 
 python demo.py                                    # coins and shapes: nothing to download
 python demo.py street.jpg holiday/ --output out   # files and folders, 80 classes of COCO
+python demo.py street.jpg --model detectron2_r101 # detectron2's weights
 python demo.py street.jpg --stages --json         # the pipeline's stages, COCO-style results
 python demo.py cells.png --model nuclei           # cell nuclei under the microscope
 python demo.py mine.jpg --model logs/.../best.pth # a model of your own
@@ -33,6 +34,7 @@ import utils
 import visualize
 from annotations import read_json
 from config import Config
+from downloads import PUBLISHED, SHIPPED
 from file_names import ImageFolder
 
 
@@ -264,7 +266,8 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(prog="demo.py", description=__doc__)
     add = parser.add_argument
     add("images", nargs="*", metavar="IMAGE|FOLDER", help="what to look at")
-    text = "shapes, nuclei, coco, or a .h5 or .pth file; default: coco (shapes without IMAGE)"
+    names = ", ".join([*SHIPPED, *PUBLISHED])
+    text = f"{names}, or a file (.h5, .pth, .pkl); default: coco (shapes without IMAGE)"
     add("--model", metavar="NAME|FILE", help=text)
     add("--output", default="out", metavar="DIR", help="of the pictures; default: out")
     cli.add_device(parser)

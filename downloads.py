@@ -11,6 +11,8 @@ import urllib.request
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from config import RESNETS
+
 
 class Source(NamedTuple):
     """A file on the network and what a complete copy of it looks like."""
@@ -20,23 +22,46 @@ class Source(NamedTuple):
     checksum: str = ""  # algorithm:leading hex digits
 
 
+def _torchvision(file: str) -> Source:
+    """A file of torchvision, which is named after its checksum."""
+    checksum = file.removesuffix(".pth").rpartition("-")[2]
+    return Source(f"https://download.pytorch.org/models/{file}", checksum=f"sha256:{checksum}")
+
+
+def _detectron2(file: str) -> Source:
+    """A file of detectron2's model zoo, named after the beginning of its MD5, as the zoo says."""
+    checksum = file.removesuffix(".pkl").rpartition("_")[2]
+    url = f"https://dl.fbaipublicfiles.com/detectron2/COCO-InstanceSegmentation/{file}"
+    return Source(url, checksum=f"md5:{checksum}")
+
+
 SOURCES = {
     "coco": Source(
         "https://github.com/matterport/Mask_RCNN/releases/download/v2.0/mask_rcnn_coco.h5",
         size=257_557_808,
     ),
-    "resnet50": Source(
-        "https://download.pytorch.org/models/resnet50-0676ba61.pth", checksum="sha256:0676ba61"
-    ),
-    "resnet101": Source(
-        "https://download.pytorch.org/models/resnet101-63fe2227.pth", checksum="sha256:63fe2227"
-    ),
+    "torchvision": _torchvision("maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth"),
+    "torchvision_v2": _torchvision("maskrcnn_resnet50_fpn_v2_coco-73cbd019.pth"),
+    "detectron2_r50": _detectron2("mask_rcnn_R_50_FPN_3x/137849600/model_final_f10217.pkl"),
+    "detectron2_r101": _detectron2("mask_rcnn_R_101_FPN_3x/138205316/model_final_a3ec72.pkl"),
+    "detectron2_x101": _detectron2("mask_rcnn_X_101_32x8d_FPN_3x/139653917/model_final_2d9806.pkl"),
+    "resnet50": _torchvision("resnet50-0676ba61.pth"),
+    "resnet101": _torchvision("resnet101-63fe2227.pth"),
+    "resnet152": _torchvision("resnet152-394f9c45.pth"),
+    "resnext50_32x4d": _torchvision("resnext50_32x4d-7cdf4587.pth"),
+    "resnext101_32x8d": _torchvision("resnext101_32x8d-8ba56ff5.pth"),
     "resnet50_keras": Source(
         "https://github.com/fchollet/deep-learning-models/releases/download/v0.2/"
         "resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5",
         checksum="md5:a268eb855778b3df3c7506639542a6af",
     ),
 }
+# Names of whole models: those to be downloaded, and those that ship with the library. "imagenet"
+# stands for the ResNet of the model.
+PUBLISHED = (
+    *("coco", "torchvision", "torchvision_v2"),
+    *("detectron2_r50", "detectron2_r101", "detectron2_x101"),
+)
 SHIPPED = ("shapes", "nuclei")
 # A download must bring STALL_BYTES in each STALL_SECONDS; a single read may wait READ_SECONDS.
 STALL_BYTES, STALL_SECONDS, READ_SECONDS = 64 << 10, 60.0, 30.0
@@ -48,11 +73,11 @@ def find_weights(name_or_path: str | Path, backbone: object = "resnet101") -> Pa
     """The file behind a name, downloaded if need be, or behind a path.
 
     Args:
-        name_or_path: "shapes" or "nuclei" (which ship with the library), "coco"
-            (mask_rcnn_coco.h5, or .pth), "imagenet" (torchvision's ResNet) or a path. Files to be
-            downloaded are looked for in the working directory, beside this module and in the cache
+        name_or_path: one of SHIPPED (which ship with the library) or PUBLISHED, "imagenet"
+            (torchvision's ResNet), or a path. Files to be downloaded, and what became of them as
+            .pth, are looked for in the working directory, beside this module and in the cache
             folder first.
-        backbone: for "imagenet", "resnet50" or "resnet101".
+        backbone: for "imagenet", one of config.RESNETS.
 
     Raises:
         FileNotFoundError: no such file.
@@ -61,15 +86,15 @@ def find_weights(name_or_path: str | Path, backbone: object = "resnet101") -> Pa
     """
     name, home = str(name_or_path), Path(__file__).resolve().parent
     if name == "imagenet":
-        if backbone not in ("resnet50", "resnet101"):
+        if not isinstance(backbone, str) or backbone not in RESNETS:
             raise ValueError(
-                f"'imagenet' needs BACKBONE 'resnet50' or 'resnet101', got {backbone!r}; "
+                f"'imagenet' needs a BACKBONE of {', '.join(RESNETS)}, got {backbone!r:.200}; "
                 "give the path of a file that fits"
             )
         name = str(backbone)
     elif name in SHIPPED:
         return existing(home / "samples" / f"{name}.pth")
-    elif name != "coco":
+    elif name not in PUBLISHED:
         return existing(name_or_path)
     file = Path(SOURCES[name].url).name
     for folder in (Path.cwd(), home, cache_folder()):
@@ -90,14 +115,15 @@ def existing(path: str | Path) -> Path:
             "and write it as .h5: model.save('model.h5')"
         )
     if path.is_dir():
-        suffixes = (".h5", ".pth", ".pt", ".safetensors")
+        suffixes = (".h5", ".pth", ".pt", ".pkl", ".safetensors")
         inside = sorted(item.name for item in path.iterdir() if item.suffix in suffixes)
         hint = f", such as {printable(inside[-1])}" if inside else ""
         raise FileNotFoundError(f"{path} is a folder, no weight file; give a file in it{hint}")
     beside = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, ["coco", "imagenet", *beside])
+    names = [*PUBLISHED, *SHIPPED, "imagenet"]
+    close = difflib.get_close_matches(path.name, [*names, *beside])
     hint = f", did you mean {' or '.join(map(printable, close))}?" if close else ""
-    raise FileNotFoundError(f"no weight file {path}{hint} (a path, 'coco' or 'imagenet')")
+    raise FileNotFoundError(f"no weight file {path}{hint} (a path, or one of {', '.join(names)})")
 
 
 def printable(text: str, limit: int = 200) -> str:
@@ -117,7 +143,7 @@ def download(name: str, folder: str | Path | None = None, progress: bool = True)
     """Downloads a published file once; an interrupted download is resumed.
 
     Args:
-        name: "coco", "resnet50", "resnet101" (torchvision's) or "resnet50_keras".
+        name: one of SOURCES: those of PUBLISHED, torchvision's ResNets, or "resnet50_keras".
         folder: where to keep it; None is cache_folder().
         progress: show a progress bar.
 

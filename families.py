@@ -192,7 +192,7 @@ def _check_network(program: str, names: list[str]) -> None:
     )
     if what is None:
         renamed = rename(program, names)
-        modules = {ours.rpartition(".")[0] for ours in renamed.values()}
+        modules = {ours.removesuffix(".weight") for ours in renamed.values()}
         lacking = [part for part in _PARTS if part not in modules]
         others = [name for name, ours in renamed.items() if ours == name and _OWN.match(name)]
         if not any(name.startswith("roi_heads.mask") for name in names):
@@ -230,7 +230,7 @@ def rename(kind: str, names: Iterable[str]) -> dict[str, str]:
     # torchvision numbers the fully connected layers with what lies between them.
     found = (re.match(r"roi_heads\.box_head\.(\d{1,3})\.weight$", name) for name in names)
     dense = sorted(int(match[1]) for match in found if match)
-    table = dict(_TORCHVISION if kind == TORCHVISION else _DETECTRON2)
+    table = dict(_TORCHVISION if kind in (TORCHVISION, TORCHVISION_RESNET) else _DETECTRON2)
     table |= {
         f"roi_heads.box_head.{number}": f"classifier.conv{i}"
         for i, number in enumerate(dense[:2], start=1)
@@ -316,6 +316,13 @@ def convert(
         Refused: shapes that do not belong to such a network.
     """
     state = dict(state)
+    if kind == CAFFE2_RESNET:
+        _add_statistics(state)
+    if "fpn.C1.1.running_mean" not in state:
+        raise Refused(
+            "holds a ResNet without BatchNorm, perhaps with GroupNorm, which this library does not "
+            "have; use one with BatchNorm, such as 'imagenet'"
+        )
     if kind == TORCHVISION_RESNET:
         return state, dict(presets.TORCHVISION_RESNET)
     if kind == TORCHVISION:
@@ -323,8 +330,6 @@ def convert(
         return state, _torchvision_options(state)
     if kind == DETECTRON2_RESNET and author == "torchvision":  # its converter leaves the colours
         return state, dict(presets.TORCHVISION_RESNET)
-    if kind == CAFFE2_RESNET:
-        _add_statistics(state)
     preset = presets.Detectron2X101Config if _is_resnext(state) else presets.Detectron2Config
     options = presets.options_of(preset)
     if (stem := state.get("fpn.C1.0.weight")) is not None and stem.ndim == 4:
@@ -413,7 +418,7 @@ def _add_statistics(state: dict[str, Tensor]) -> None:
     """Where scale and shift are all of a BatchNorm, statistics that change nothing."""
     eps = presets.MSRA_RESNET["BATCH_NORM_EPS"]
     for key, tensor in list(state.items()):
-        if match := re.fullmatch(r"(fpn\.C.*(?:bn\d|C1\.1|downsample\.1))\.weight", key):
+        if match := re.fullmatch(r"(fpn\.C(?:1\.1|.*\.bn\d|.*\.downsample\.1))\.weight", key):
             state.setdefault(f"{match[1]}.running_mean", torch.zeros_like(tensor))
             state.setdefault(f"{match[1]}.running_var", torch.full_like(tensor, 1 - eps))
 

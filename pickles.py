@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-# Of a file; one of 300 arrays has about 15,000.
-MOST_OPERATIONS = 1_000_000
+# Of a file; one of 700 arrays has about 30,000.
+MOST_OPERATIONS = 300_000
 
 
 class Refused(ValueError):

@@ -298,7 +298,7 @@ def _read_pickle(path: Path) -> _Content:
         raise ValueError(_damage(path, error)) from error
     arrays = _state_dict_in(data, np.ndarray)
     if arrays is None:
-        raise ValueError(f"{path} must hold a dict of arrays, {_containers(data)}")
+        raise ValueError(f"{path} must hold arrays, {_containers(data)}")
     state, left = {}, path.stat().st_size
     for key in list(arrays):
         array = arrays.pop(key)  # one after the other, since they are copied

@@ -103,7 +103,7 @@ def load_weights(
 
     Args:
         model: MaskRCNN, or a module with state_dict keys of the same pattern.
-        path: a file of any format that read_state_dict knows, "coco" or "imagenet"; or what
+        path: a file of any format that read_state_dict knows, or a name, see find_weights; or what
             read_state_dict returned, so that a file is read once.
         exclude: what to leave as it is: modules ("mask", "classifier.linear_class"), regular
             expressions of modules, or Matterport's layers ("mrcnn_bbox_fc").
@@ -336,11 +336,13 @@ def build_parser() -> cli.Parser:
         description="Converts, downloads and describes weight files of Mask R-CNN.",
         epilog="""examples:
   python weights.py download coco
+  python weights.py download detectron2_r101
   python weights.py info mask_rcnn_coco.h5
-  python weights.py convert mask_rcnn_coco.h5 mask_rcnn_coco.pth""",
+  python weights.py convert mask_rcnn_coco.h5 mask_rcnn_coco.pth
+  python weights.py convert model_final_f10217.pkl detectron2.pth""",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("convert", help="write a .h5 or .pth as a checkpoint")
+    command = commands.add_parser("convert", help="write a .h5, .pth or .pkl as a checkpoint")
     command.add_argument("source", metavar="IN", help="any weight file")
     command.add_argument("target", metavar="OUT", help="the .pth to write")
     command.set_defaults(run=lambda args: convert(args.source, args.target))

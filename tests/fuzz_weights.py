@@ -6,6 +6,7 @@ it: the line "seed N" that was printed last then tells by which file.
 """
 
 import io
+import pickle
 import resource
 import sys
 import time
@@ -13,6 +14,7 @@ import traceback
 import zipfile
 from pathlib import Path
 
+import family_weights as fw
 import h5py
 import numpy as np
 import safetensors.torch
@@ -25,7 +27,7 @@ NUMBERS = (0, 1, 2**16, 2**31 - 1, 2**32, 2**48, 2**63, 2**64 - 1)
 
 
 def samples():
-    """{suffix: bytes} of one small file a format, most of whose bytes are not arrays."""
+    """{suffix: bytes} of small files of each format, most of whose bytes are not arrays."""
     shapes = {"conv1/kernel:0": (3, 3, 3, 4), "conv1/bias:0": (4,), "bn_conv1/gamma:0": (4,)}
     shapes |= {"mrcnn_class_logits/kernel:0": (10, 2), "fc1000/kernel:0": (2, 2)}
     keras = {}
@@ -47,8 +49,31 @@ def samples():
         buffer = io.BytesIO()
         torch.save(data, buffer, _use_new_zipfile_serialization=new)
         files[name] = buffer.getvalue()
+    files |= family_samples()
     contiguous = {key: tensor.contiguous() for key, tensor in state.items()}
     files["model.safetensors"] = safetensors.torch.save(contiguous)
+    return files
+
+
+def family_samples():
+    """Files of torchvision and detectron2 with one number on nearly every side."""
+
+    def shrunk(shapes):
+        return {k: tuple(1 if n > 16 and n % 49 else n for n in s) for k, s in shapes.items()}
+
+    body = fw.resnet_shapes((1, 1, 1, 1), 64, 1)
+    model = shrunk(fw.detectron2_shapes("tiny", classes=3, pyramid=1, fully=2))
+    model = {k: torch.from_numpy(a.copy()) for k, a in fw.arrays(model).items()}
+    files = {}
+    for name, data, protocol in (
+        ("model.pkl", {"model": {k: t.numpy() for k, t in model.items()}, "__author__": "a"}, 4),
+        ("resnet.pkl", {"model": fw.arrays(shrunk(body)), "__author__": "a"}, 2),
+        ("buffers.pkl", {"blobs": {"res2_0_branch2c_w": np.ones(2), "cfg": "text"}}, 5),
+    ):
+        files[name] = pickle.dumps(data, protocol=protocol)
+    buffer = io.BytesIO()
+    torch.save({"model": model, "iteration": 3}, buffer)
+    files["family.pth"] = buffer.getvalue()
     return files
 
 
@@ -110,7 +135,7 @@ def main(seed, count, folder):
         print("seed", number, flush=True)
         random = np.random.default_rng(number)
         name, content = files[number % len(files)]
-        if name == "new.pth" and random.integers(2):
+        if name in ("new.pth", "family.pth") and random.integers(2):
             content = damaged_inside(content, random)
         else:
             content = damaged(content, random)

@@ -17,6 +17,7 @@ import utils
 import weights
 from coco import CATEGORY_IDS
 from config import Config
+from families import TORCHVISION_CLASS_NAMES
 from model import MaskRCNN
 
 # pycocotools and numpy 2 disagree about __array__; Python 3.12 warns of forks.
@@ -215,6 +216,66 @@ def test_the_seed_comes_before_the_weights(layout, tmp_path, monkeypatch):
         found.append(recorder.model.fpn.C1[0].weight.detach().clone())
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
+
+
+@pytest.fixture(scope="module")
+def by_category_id(tmp_path_factory):
+    """A network whose classes are torchvision's: a class for each category id, used or not."""
+    torch.manual_seed(0)
+    options = {"POST_NMS_ROIS_INFERENCE": 20, "VALIDATION_STEPS": 1, "NUM_WORKERS": 0}
+    config = TinyNetwork(NUM_CLASSES=91, CLASS_NAMES=TORCHVISION_CLASS_NAMES, **options)
+    path = tmp_path_factory.mktemp("model") / "torchvision.pth"
+    weights.save_weights(MaskRCNN(config), path)
+    return path
+
+
+def test_evaluating_a_network_of_91_classes(by_category_id, layout, tmp_path, monkeypatch, capsys):
+    """Those of torchvision; the objects of the layout are toothbrushes, of category id 90."""
+    box, mask = [2, 2, 8, 12], torch.zeros(20, 30, dtype=torch.uint8).numpy()
+    mask[2:8, 2:12] = 1
+    found = {
+        "rois": torch.tensor([box, box, box]).numpy(),
+        "class_ids": torch.tensor([90, 26, 1]).numpy(),
+        "scores": torch.tensor([0.9, 0.8, 0.7]).numpy(),
+        "masks": [utils.rle_encode(mask[2:8, 2:12], box, (20, 30))] * 3,
+    }
+    monkeypatch.setattr(MaskRCNN, "detect", lambda model, images, masks: [found] * len(images))
+    out = tmp_path / "out.json"
+    run = ["evaluate", f"--dataset={layout}", f"--model={by_category_id}", f"--results={out}"]
+    assert coco.main(run) == 0
+    results = json.loads(out.read_text())
+    assert [r["category_id"] for r in results] == [90, 26, 1] * 2
+    assert capsys.readouterr().out.splitlines()[-1].startswith("toothbrush")
+
+
+def test_training_keeps_a_class_for_each_category_id(
+    by_category_id, layout, tmp_path, monkeypatch, caplog
+):
+    recorder = Recorder(monkeypatch)
+    run = ["train", f"--dataset={layout}", f"--model={by_category_id}", f"--logs={tmp_path}"]
+    with caplog.at_level(logging.INFO):
+        assert coco.main(run) == 0
+    assert "excluded" not in caplog.text
+    assert recorder.train.class_names == recorder.val.class_names == TORCHVISION_CLASS_NAMES
+    assert recorder.train.load_mask(0)[1].tolist() == [90]
+    stored = weights.read_state_dict(by_category_id).state_dict
+    for name, tensor in recorder.model.state_dict().items():
+        assert torch.equal(stored[name], tensor), name
+    with caplog.at_level(logging.INFO):
+        assert coco.main([*run, "--classes=toothbrush"]) == 0
+    assert "6 excluded" in caplog.text
+    assert recorder.train.class_names == recorder.val.class_names == ["BG", "toothbrush"]
+
+
+def test_least_score_is_that_of_the_authors(checkpoint):
+    file = weights.read_state_dict(checkpoint)
+    for changes, expected in (
+        ({}, 0.0),
+        ({"DETECTION_PER_CLASS": True}, 0.0),
+        ({"DETECTION_PER_CLASS": True, "DETECTION_MIN_CONFIDENCE": 0.05}, 0.05),
+        ({"DETECTION_PER_CLASS": False, "DETECTION_MIN_CONFIDENCE": 0.05}, 0.0),
+    ):
+        assert coco.least_score(file._replace(config=file.config | changes)) == expected
 
 
 def test_own_classes_start_anew(checkpoint, tmp_path, monkeypatch, caplog, capsys):

@@ -14,6 +14,7 @@ import pytest
 
 import downloads
 import weights
+from config import RESNETS
 
 
 @pytest.fixture
@@ -57,10 +58,14 @@ def test_imagenet_follows_the_backbone(home, monkeypatch):
     monkeypatch.setattr(downloads, "download", lambda name: Path("downloaded") / name)
     assert downloads.find_weights("imagenet", "resnet50") == Path("downloaded/resnet50")
     assert downloads.find_weights("imagenet", "resnet101") == Path("downloaded/resnet101")
+    for name in RESNETS:
+        assert downloads.find_weights("imagenet", name) == Path("downloaded") / name
     home.mkdir()
     (home / "resnet101-63fe2227.pth").touch()
     assert downloads.find_weights("imagenet") == home / "resnet101-63fe2227.pth"
-    with pytest.raises(ValueError, match=r"'imagenet' needs BACKBONE .* got \{'blocks'"):
+    with pytest.raises(
+        ValueError, match=r"'imagenet' needs a BACKBONE of resnet50, .* got \{'blocks'"
+    ):
         downloads.find_weights("imagenet", {"blocks": (1, 1, 1, 1), "width": 4})
 
 
@@ -71,6 +76,8 @@ def test_missing_files_are_an_error_with_suggestions(home):
         downloads.find_weights("mask_rcnn_shapes_001.pth")
     with pytest.raises(FileNotFoundError, match="no weight file coko, did you mean coco"):
         downloads.find_weights("coko")
+    with pytest.raises(FileNotFoundError, match="did you mean detectron2_r50 .*or one of coco, "):
+        downloads.find_weights("detectron_r50")
     with pytest.raises(FileNotFoundError, match="no weight file nowhere/at/all"):
         downloads.find_weights("nowhere/at/all")
 
@@ -291,12 +298,54 @@ def test_no_network_and_no_file_name_url_and_place(server, tmp_path, monkeypatch
 def test_published_addresses():
     """Names, sizes and checksums as published; pytorch.org's names carry their sha256."""
     assert downloads.SOURCES["coco"].size == 257_557_808
-    for name, prefix in (("resnet50", "0676ba61"), ("resnet101", "63fe2227")):
+    for name, prefix in (
+        ("resnet50", "0676ba61"),
+        ("resnet101", "63fe2227"),
+        ("resnet152", "394f9c45"),
+        ("resnext50_32x4d", "7cdf4587"),
+        ("resnext101_32x8d", "8ba56ff5"),
+    ):
         url, _, checksum = downloads.SOURCES[name]
         assert url == f"https://download.pytorch.org/models/{name}-{prefix}.pth"
         assert checksum == f"sha256:{prefix}"
-    with pytest.raises(ValueError, match="coco, resnet50, resnet101, resnet50_keras, got 'vgg'"):
+    home = "https://dl.fbaipublicfiles.com/detectron2/COCO-InstanceSegmentation"
+    for name, path in (
+        ("r50", "mask_rcnn_R_50_FPN_3x/137849600/model_final_f10217.pkl"),
+        ("r101", "mask_rcnn_R_101_FPN_3x/138205316/model_final_a3ec72.pkl"),
+        ("x101", "mask_rcnn_X_101_32x8d_FPN_3x/139653917/model_final_2d9806.pkl"),
+    ):
+        url, _, checksum = downloads.SOURCES[f"detectron2_{name}"]
+        assert (url, checksum) == (f"{home}/{path}", f"md5:{path[-10:-4]}")
+    files = [Path(source.url).name for source in downloads.SOURCES.values()]
+    assert len(set(files)) == len(files)
+    with pytest.raises(ValueError, match=r"coco, torchvision, .*resnet50_keras, got 'vgg'"):
         downloads.download("vgg")
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnet101", "resnet152", "resnext50_32x4d"])
+def test_addresses_are_those_of_torchvision(name):
+    models = pytest.importorskip("torchvision").models
+    published = models.get_model_weights(name).IMAGENET1K_V1
+    assert downloads.SOURCES[name].url == published.url
+
+
+@pytest.mark.parametrize(("name", "suffix"), [("torchvision", ""), ("torchvision_v2", "_v2")])
+def test_mask_rcnn_addresses_are_those_of_torchvision(name, suffix):
+    models = pytest.importorskip("torchvision").models
+    published = models.get_model_weights(f"maskrcnn_resnet50_fpn{suffix}").COCO_V1
+    url, _, checksum = downloads.SOURCES[name]
+    assert url == published.url
+    assert checksum == f"sha256:{url[-12:-4]}"
+
+
+@pytest.mark.parametrize("name", downloads.PUBLISHED)
+def test_each_published_model_has_a_name(home, monkeypatch, name):
+    monkeypatch.setattr(downloads, "download", lambda name: Path("downloaded") / name)
+    assert downloads.find_weights(name) == Path("downloaded") / name
+    home.mkdir()
+    file = home / Path(downloads.SOURCES[name].url).name
+    file.with_suffix(".pth").touch()
+    assert downloads.find_weights(name) == file.with_suffix(".pth")
 
 
 def test_download_command(server, tmp_path, capsys):

@@ -301,35 +301,25 @@ def test_compiled_parts_and_a_resnet_inside_a_model(tmp_path, source, target):
     resnet = pytest.importorskip("torchvision").models.resnet50(weights=None)
     state = {f"model.encoder.{key}": tensor for key, tensor in resnet.state_dict().items()}
     torch.save({"state_dict": state}, tmp_path / "resnet.pth")
-    assert weights.read_state_dict(tmp_path / "resnet.pth").format == "torchvision"
-    assert "(resnet50), style torchvision" in weights.describe(tmp_path / "resnet.pth")
+    assert weights.read_state_dict(tmp_path / "resnet.pth").format == "torchvision ResNet"
+    described = weights.describe(tmp_path / "resnet.pth")
+    assert "(resnet50), stride in the 3x3 convolution, BatchNorm epsilon 1e-05" in described
 
 
 def test_two_models_under_the_same_names_are_refused(tmp_path, source):
     state = {f"module.{key}": tensor for key, tensor in copy_of(source).items()}
     torch.save(state | {"mask.conv5.bias": torch.zeros(4)}, tmp_path / "model.pth")
-    refused(tmp_path / "model.pth", "two tensors for mask.conv5.bias, with and without 'module.'")
-
-
-def torchvision_names():
-    models = pytest.importorskip("torchvision").models
-    with torch.device("meta"):
-        network = models.detection.maskrcnn_resnet50_fpn(weights=None, weights_backbone=None)
-    return network.state_dict().keys()
+    refused(
+        tmp_path / "model.pth", "two tensors for mask.conv5.bias, one of them 'mask.conv5.bias'"
+    )
 
 
 @pytest.mark.parametrize(
     ("program", "names"),
     [
-        ("torchvision", torchvision_names),
         (
-            "Detectron2",
-            [
-                "backbone.fpn_lateral2.weight",
-                "backbone.bottom_up.res2.0.conv1.weight",
-                "proposal_generator.rpn_head.conv.weight",
-                "roi_heads.box_head.fc1.weight",
-            ],
+            "Detectron",
+            ["conv1_w", "res2_0_branch2c_w", "conv_rpn_fpn2_w", "fpn_inner_res2_2_sum_w"],
         ),
         (
             "MMDetection",
@@ -349,7 +339,6 @@ def torchvision_names():
 )
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_networks_of_other_programs_are_named(tmp_path, capsys, program, names, suffix):
-    names = names() if callable(names) else names
     state = {name: torch.ones(2) for name in names}
     path = tmp_path / f"model{suffix}"
     if suffix == ".pth":
@@ -499,11 +488,11 @@ def test_damaged_safetensors(tmp_path, source, share):
         ("a.h5", bytes(5000), r"nothing but zeros \(5,000 bytes\); download"),
         ("a.h5", gzip.compress(b"a" * 99), "packed archive; unpack it"),
         ("a.pth", bytes(range(1, 256)) + b"..ustar\0", "packed archive; unpack it"),
-        ("a.pkl", pickle.dumps({"a": 1}), "a pickle that torch.save did not write"),
-        ("a.pkl", pickle.dumps({"a": 1}, protocol=2), "a pickle that torch.save did not write"),
+        ("a.pkl", pickle.dumps({"a": 1}), "must hold arrays, .*, got a; save"),
+        ("a.pkl", pickle.dumps([1], protocol=0), "must hold arrays, .*, got list; save"),
         ("saved_model.pb", b"\x08\x01", r"another program's model .*model\.save\('model\.h5'\)"),
         ("a.ckpt.data-00000-of-00001", b"\x08\x01", "another program's model"),
-        ("a.h5", b"\x01text of another kind", "neither HDF5 .* nor safetensors: 21 bytes"),
+        ("a.h5", b"\x01text of another kind", "neither HDF5 .* nor safetensors .*: 21 bytes"),
         ("a.keras", zipped(**{"config.json": "{}", "model.weights.h5": "H"}), r"format \.keras"),
         ("a.zip", zipped(**{"b/mask_rcnn_coco.h5": "H"}), "holds b/mask_rcnn_coco.h5; unpack it"),
         ("a.zip", zipped(**{"\x1b.png": "H"}), r"without weights: it holds \\x1b\.png"),

@@ -19,8 +19,9 @@ from tiny_weights import ERAS, LAYERS, assert_state, copy_of, tiny, write_keras
 from torch import nn
 
 import weights
-from config import Config
+from config import BACKBONE_OPTIONS, Config
 from model import MaskRCNN
+from presets import KERAS_RESNET, TORCHVISION_RESNET
 
 KEYS_FILE = Path(__file__).parent / "data" / "state_dict_keys.txt"
 
@@ -204,7 +205,7 @@ def test_format_follows_content_not_name(tmp_path, source, target):
 
 
 def test_own_checkpoint_round_trip(tmp_path, source, target):
-    source.config.MEAN_PIXEL = np.array([1.5, 2.5, 3.5])
+    source.set_backbone({"MEAN_PIXEL": np.array([1.5, 2.5, 3.5])})
     source.config.IMAGE_MIN_SCALE = np.float32(0.5)
     source.config.COMPUTE_BACKBONE_SHAPE = len
     path = tmp_path / "model.pth"
@@ -304,7 +305,7 @@ def test_torchvision_start_gives_torchvision_features(tmp_path, name, convolutio
         if key.endswith("bias"):
             tensor.fill_(3)  # what is not zeroed would show
     report = weights.load_weights(model, tmp_path / "resnet.pth")
-    assert report.format == "torchvision"
+    assert report.format == "torchvision ResNet"
     assert len(report.zeroed) == convolutions
     assert set(report.loaded) == {key for key in model.state_dict() if key.startswith("fpn.C")}
     assert report.unexpected == report.mismatched == []
@@ -326,27 +327,57 @@ def test_torchvision_style_survives_checkpoints_and_conversion(tmp_path):
     assert_equal_features(model, resnet)
 
 
-def test_other_formats_bring_the_keras_style_back(tmp_path, source, target):
+def test_other_formats_bring_what_a_keras_resnet_needs(tmp_path, source, target):
     write_keras(tmp_path / "model.h5", source)
-    target.set_backbone_style("torchvision")
+    mean = target.config.MEAN_PIXEL
+    target.set_backbone(dict(TORCHVISION_RESNET, MEAN_PIXEL=mean))
     weights.load_weights(target, tmp_path / "model.h5")
-    assert target.backbone_style == "keras"
+    assert target.backbone_options == {**KERAS_RESNET, "MEAN_PIXEL": mean}
     assert target.fpn.C1[1].eps == 0.001
     assert target.fpn.C3[0].conv1.stride == (2, 2)
 
 
-def test_style_stays_where_the_backbone_stays(tmp_path, source, target):
+def test_what_the_backbone_needs_stays_where_it_stays(tmp_path, source, target):
     write_keras(tmp_path / "model.h5", source)
-    target.set_backbone_style("torchvision")
+    target.set_backbone(TORCHVISION_RESNET)
     weights.load_weights(target, tmp_path / "model.h5", exclude=[r"fpn\.C.*"])
-    assert target.backbone_style == "torchvision"
+    assert target.backbone_options == TORCHVISION_RESNET
     assert target.fpn.C1[1].eps == 1e-5
+
+
+def test_pixels_follow_the_first_convolution(tmp_path, source, target):
+    source.set_backbone(TORCHVISION_RESNET)
+    weights.save_weights(source, tmp_path / "model.pth")
+    mean = target.config.MEAN_PIXEL
+    weights.load_weights(target, tmp_path / "model.pth", exclude=["conv1"])
+    expected = {**TORCHVISION_RESNET, "MEAN_PIXEL": mean, "STD_PIXEL": None}
+    assert target.backbone_options == expected
+
+
+@pytest.mark.parametrize(
+    ("style", "expected"), [("keras", KERAS_RESNET), ("torchvision", TORCHVISION_RESNET)]
+)
+def test_styles_of_old_checkpoints_are_translated(tmp_path, source, target, style, expected):
+    config = {"MEAN_PIXEL": [1.5, 2.5, 3.5], "BACKBONE_STYLE": style, "NUM_CLASSES": 4}
+    torch.save({"model": copy_of(source), "config": config}, tmp_path / "old.pth")
+    file = weights.read_state_dict(tmp_path / "old.pth")
+    assert file.config == {"NUM_CLASSES": 4, "MEAN_PIXEL": [1.5, 2.5, 3.5], **expected}
+    weights.load_weights(target, file)
+    assert target.backbone_options == {"MEAN_PIXEL": [1.5, 2.5, 3.5], **expected}
+
+
+@pytest.mark.parametrize("name", ["shapes", "nuclei"])
+def test_shipped_weights_have_the_options_of_today(name):
+    file = weights.read_state_dict(weights.find_weights(name))
+    assert "BACKBONE_STYLE" not in file.config
+    assert {*BACKBONE_OPTIONS} <= file.config.keys()
+    assert file.config["BATCH_NORM_EPS"] == KERAS_RESNET["BATCH_NORM_EPS"]
 
 
 def test_torchvision_resnet18_is_refused(tmp_path, target):
     resnet = pytest.importorskip("torchvision").models.resnet18(weights=None)
     torch.save(resnet.state_dict(), tmp_path / "resnet18.pth")
-    with pytest.raises(ValueError, match="neither Mask R-CNN weights nor a ResNet-50"):
+    with pytest.raises(ValueError, match="neither Mask R-CNN weights nor a ResNet of 50 layers"):
         weights.load_weights(target, tmp_path / "resnet18.pth")
 
 
@@ -360,8 +391,15 @@ def test_options_come_from_shapes_or_from_the_checkpoint(tmp_path, source):
         "NUM_CLASSES": 4,
         "FPN_CLASSIF_FC_LAYERS_SIZE": 10,
         "TOP_DOWN_PYRAMID_SIZE": 6,
+        "FPN_BATCH_NORM": False,
         "RPN_CHANNELS": 5,
-        "BACKBONE_STYLE": "keras",
+        "RPN_CONV_LAYERS": 1,
+        "POOL_SIZE": 3,
+        "CLASSIFIER_CONV_LAYERS": 0,
+        "CLASSIFIER_FC_LAYERS": 2,
+        "HEAD_CONV_BATCH_NORM": True,
+        "HEAD_FC_BATCH_NORM": True,
+        **KERAS_RESNET,
     }
     weights.save_weights(source, tmp_path / "model.pth")
     options = weights.read_options(tmp_path / "model.pth")
@@ -547,7 +585,7 @@ class NotATensor:
         ({"model": NotATensor()}, "weights_only=True.* refuses"),
         ([1, 2], "must hold a state_dict.* got list"),
         ({"epoch": 3}, "must hold a state_dict.* got epoch"),
-        ({"backbone.body.conv1.weight": torch.zeros(2)}, "of a network of torchvision"),
+        ({"backbone.body.conv1.weight": torch.zeros(2)}, "torchvision, a Faster R-CNN or another"),
         ({}, "its tensors: none"),
     ],
 )
@@ -611,7 +649,7 @@ def test_convert_and_info(tmp_path, source, target, capsys):
     numbers = sum(tensor.numel() for tensor in source.state_dict().values())
     assert capsys.readouterr().out.splitlines() == [
         f"{tmp_path}/model.pth: format checkpoint, 168 tensors, {numbers:,} numbers",
-        "backbone: 1-1-1-1 blocks, style keras",
+        "backbone: 1-1-1-1 blocks, stride in the 1x1 convolution, BatchNorm epsilon 0.001",
         "classes: 4",
     ]
 
