@@ -185,8 +185,7 @@ def inspect(
         classes.update(instance["category_id"] for instance in objects)
         boxes, shape = _network_boxes(_corners(objects), (height, width), config)
         sides.append(np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(axis=1)))
-        overlaps = utils.compute_overlaps(torch.from_numpy(boxes), anchors(shape))
-        fits.append(overlaps.amax(dim=1).numpy())
+        fits.append(_best_overlaps(boxes, anchors(shape)))
     if sheet is not None and usable:
         _draw_sheet(dataset, _spread(usable, samples), sheet)
 
@@ -238,6 +237,14 @@ def _anchors(config: Config, shape: Sequence[int]) -> torch.Tensor:
     """All anchors, [A, 4] float64, of a network input of (height, width) pixels."""
     anchors = utils.generate_pyramid_anchors(**config.anchor_options(shape))
     return torch.from_numpy(anchors)
+
+
+def _best_overlaps(boxes: np.ndarray, anchors: torch.Tensor) -> np.ndarray:
+    """The largest IoU of each box with an anchor."""
+    # All pairs of 450 boxes and the anchors of 1024 x 1024 pixels would take gigabytes.
+    blocks = torch.from_numpy(boxes).split(max(1, 2**20 // len(anchors)))
+    best = [utils.compute_overlaps(block, anchors).amax(dim=1) for block in blocks]
+    return torch.cat(best).numpy()
 
 
 def _network_boxes(
