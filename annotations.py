@@ -19,7 +19,7 @@ from PIL import Image
 import image_files
 import utils
 from boxed_masks import BoxedMasks
-from coco_dataset import LoadSummary, Remarks, folder_of_each, shortened
+from coco_dataset import LoadSummary, Remarks, folder_of_each, id_key, shortened
 from file_names import ImageFolder, is_below
 from outlines import Drawing, draw, ellipse, fill, pixel_box, place, rectangle
 
@@ -166,13 +166,15 @@ class DrawnDataset(utils.Dataset):
         remarks: Remarks,
     ) -> LoadSummary:
         taken = {info["id"] for info in self.image_info}
+        paths = {os.path.realpath(info["path"]) for info in self.image_info if info["path"]}
         for path, size, drawn in found:
-            image_id = _image_id(path, images, file)
+            image_id, real = _image_id(path, images, file), os.path.realpath(path)
             if image_id in taken:  # in another folder that was loaded before
                 image_id = path.as_posix()
-            if image_id in taken:
+            if image_id in taken or real in paths:
                 raise ValueError(f"images must be loaded once, got {path} again from {file}")
             taken.add(image_id)
+            paths.add(real)
             instances = [(names.index(obj.class_name) + 1, obj.drawings) for obj in drawn]
             self.add_image("custom", image_id, path, shape=size, objects=instances)
         summary = LoadSummary(
@@ -531,7 +533,7 @@ def usable_images(entries: Iterable[Entry], remarks: Remarks) -> Iterator[tuple[
         except (OSError, ValueError) as error:
             remarks["images dropped, unreadable"].append(f"{kept.name} ({error})")
             continue
-        if kept.size is not None and kept.size != size:
+        if kept.size is not None and [*map(id_key, kept.size)] != [*map(id_key, size)]:
             sizes = " and ".join(f"{width} x {height}" for height, width in (kept.size, size))
             remarks["images dropped, of another size when annotated and now"].append(
                 f"{kept.name} ({sizes})"

@@ -974,6 +974,8 @@ def damaged(content, rng):
     content = bytearray(content)
     for _ in range(rng.integers(1, 5)):
         size = len(content)
+        if not size:
+            break
         position = int(rng.integers(min(size, rng.choice([64, 300, size]))))
         kind = rng.integers(6)
         if kind < 2:

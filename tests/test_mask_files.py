@@ -198,6 +198,8 @@ def test_label_images_of_one_value_each_are_remarked(folders):
 
 def test_wrong_folders_are_refused(folders):
     images, masks = folders
+    with pytest.raises(FileNotFoundError, match="no folder .*nowhere, which is to hold the masks"):
+        read((images, masks / "nowhere"))
     with pytest.raises(ValueError, match="must be in a folder of their own"):
         read((images, images))
     with pytest.raises(FileNotFoundError, match="none can be used; images dropped, without"):
