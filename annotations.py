@@ -19,7 +19,7 @@ from PIL import Image
 import image_files
 import utils
 from boxed_masks import BoxedMasks
-from coco_dataset import LoadSummary, Remarks
+from coco_dataset import LoadSummary, Remarks, folder_of_each, id_key, shortened
 from file_names import ImageFolder, is_below
 from outlines import Drawing, draw, ellipse, fill, pixel_box, place, rectangle
 
@@ -76,6 +76,7 @@ class DrawnDataset(utils.Dataset):
         annotations: str | Path,
         attribute: str | None = None,
         class_names: Sequence[str] = (),
+        only_classes: Sequence[str] | None = None,
     ) -> LoadSummary:
         """Adds images and classes; call prepare() next.
 
@@ -91,39 +92,96 @@ class DrawnDataset(utils.Dataset):
                 class_names gives.
             class_names: the classes in their order, e.g. those of the training data; by default
                 all that occur, in alphabetical order.
+            only_classes: the classes whose objects are loaded; those of others are left out.
+                Without class_names, they are the classes, and the file must have them.
 
         Raises:
             FileNotFoundError: no such file, or none of its images.
             ValueError: a file of another kind, one without any object, or other classes.
         """
-        file, names = Path(annotations), list(class_names)
-        remarks: Remarks = collections.defaultdict(list)
+        return self.load_files([images], [annotations], class_names, only_classes, attribute)[0]
+
+    def load_files(
+        self,
+        images_dirs: Sequence[str | Path],
+        annotation_files: Sequence[str | Path],
+        class_names: Sequence[str] | None = None,
+        only_classes: Sequence[str] | None = None,
+        attribute: str | None = None,
+    ) -> list[LoadSummary]:
+        """Adds the images of several files, see load_annotations; one folder each, or one for all.
+
+        Raises:
+            FileNotFoundError, ValueError: see load_annotations; or an image is in several files.
+        """
+        files, names = [Path(file) for file in annotation_files], list(class_names or ())
+        folders = folder_of_each(images_dirs, files)
         name = names[0] if len(names) == 1 else "object"
-        found = list(self.read(Request(Path(images), file, attribute, name, remarks)))
-        first = next((f"; {remark}: {items[0]}" for remark, items in remarks.items()), "")
-        if not found:
-            raise FileNotFoundError(
-                f"{images} must hold the images of {file}, but none can be used{first}"
+        contents = []
+        for folder, file in zip(folders, files, strict=True):
+            remarks: Remarks = collections.defaultdict(list)
+            found = list(self.read(Request(folder, file, attribute, name, remarks)))
+            if not found:
+                raise FileNotFoundError(
+                    f"{folder} must hold the images of {file}, but none can be used"
+                    f"{_first(remarks)}"
+                )
+            contents.append((found, remarks))
+        occurring = {obj.class_name for found, _ in contents for im in found for obj in im.objects}
+        listed = ", ".join(map(str, files))
+        if not names and not occurring:
+            first = _first({k: v for _, remarks in contents for k, v in remarks.items()})
+            raise ValueError(f"{listed} must have objects with an area, found none{first}")
+        known = names or sorted(occurring)
+        if unknown := [name for name in only_classes or () if name not in known]:
+            raise ValueError(
+                f"the classes must be among {shortened(known)}, got {shortened(unknown)} for"
+                f" {listed}"
             )
-        objects = [obj for image in found for obj in image.objects]
-        if not names and not objects:
-            raise ValueError(f"{file} must have objects with an area, found none{first}")
-        names = self._add_classes(file, objects, names)
+        if only_classes:
+            names = names or list(only_classes)
+            contents = [([_with(im, only_classes) for im in found], r) for found, r in contents]
+        for file, (found, _) in zip(files, contents, strict=True):
+            _check_classes(file, found, names)
+        names = self._add_classes(names or sorted(occurring))
+        return [
+            self._add(folder, file, found, names, remarks)
+            for folder, file, (found, remarks) in zip(folders, files, contents, strict=True)
+        ]
+
+    def _add_classes(self, names: Sequence[str]) -> list[str]:
+        """All classes in the order of their ids."""
+        known = [info["name"] for info in self.class_info if info["source"] == "custom"]
+        names = list(dict.fromkeys([*known, *names]))
+        for class_id, name in enumerate(names, start=1):
+            self.add_class("custom", class_id, name)
+        return names
+
+    def _add(
+        self,
+        images: Path,
+        file: Path,
+        found: Sequence[ReadImage],
+        names: Sequence[str],
+        remarks: Remarks,
+    ) -> LoadSummary:
         taken = {info["id"] for info in self.image_info}
+        paths = {os.path.realpath(info["path"]) for info in self.image_info if info["path"]}
         for path, size, drawn in found:
-            image_id = _image_id(path, Path(images), file)
+            image_id, real = _image_id(path, images, file), os.path.realpath(path)
             if image_id in taken:  # in another folder that was loaded before
                 image_id = path.as_posix()
-            if image_id in taken:
+            if image_id in taken or real in paths:
                 raise ValueError(f"images must be loaded once, got {path} again from {file}")
             taken.add(image_id)
+            paths.add(real)
             instances = [(names.index(obj.class_name) + 1, obj.drawings) for obj in drawn]
             self.add_image("custom", image_id, path, shape=size, objects=instances)
         summary = LoadSummary(
             file=file,
             images=len(found),
             negatives=sum(not image.objects for image in found),
-            annotations=len(objects),
+            annotations=sum(len(image.objects) for image in found),
             crowds=0,
             classes=len(names),
             remarks=dict(remarks),
@@ -134,22 +192,6 @@ class DrawnDataset(utils.Dataset):
     def read(self, request: Request) -> Iterator[ReadImage]:
         """Each image that can be used and its objects."""
         raise NotImplementedError
-
-    def _add_classes(
-        self, file: Path, objects: Sequence[Object], names: Sequence[str]
-    ) -> list[str]:
-        """All classes in the order of their ids; ValueError for one that is not in names."""
-        occurring = {obj.class_name: obj.where for obj in reversed(objects)}
-        if names and (unknown := sorted(occurring.keys() - set(names))):
-            raise ValueError(
-                f"{file} must have classes of {list(names)}, got {unknown}, the first in"
-                f" {occurring[unknown[0]]}"
-            )
-        known = [info["name"] for info in self.class_info if info["source"] == "custom"]
-        names = list(dict.fromkeys([*known, *(names or sorted(occurring))]))
-        for class_id, name in enumerate(names, start=1):
-            self.add_class("custom", class_id, name)
-        return names
 
     def load_mask(self, image_id: int) -> tuple[np.ndarray, np.ndarray]:
         """Masks [H, W, N] bool and class ids [N] int32."""
@@ -162,6 +204,27 @@ class DrawnDataset(utils.Dataset):
         parts = [draw(drawings, info["shape"]) for _, drawings in info["objects"]]
         class_ids = [class_id for class_id, _ in info["objects"]]
         return BoxedMasks(info["shape"], parts), np.array(class_ids, dtype=np.int32)
+
+
+def _first(remarks: Remarks) -> str:
+    """The end of a message, with the first remark."""
+    return next((f"; {remark}: {items[0]}" for remark, items in remarks.items()), "")
+
+
+def _with(image: ReadImage, classes: Sequence[str]) -> ReadImage:
+    """An image with its objects of some classes."""
+    return image._replace(objects=[obj for obj in image.objects if obj.class_name in classes])
+
+
+def _check_classes(file: Path, found: Sequence[ReadImage], names: Sequence[str]) -> None:
+    """Raises ValueError for a class that is not in names, unless these are empty."""
+    occurring = {obj.class_name: obj.where for im in reversed(found) for obj in im.objects[::-1]}
+    if names and (unknown := sorted(occurring.keys() - set(names))):
+        raise ValueError(
+            f"{file} must have classes of {list(names)}, got {unknown}, the first in"
+            f" {occurring[unknown[0]]}; rename them, or leave them out with only_classes, on a"
+            " command line --classes"
+        )
 
 
 def _image_id(path: Path, images: Path, annotations: Path) -> str:
@@ -470,7 +533,7 @@ def usable_images(entries: Iterable[Entry], remarks: Remarks) -> Iterator[tuple[
         except (OSError, ValueError) as error:
             remarks["images dropped, unreadable"].append(f"{kept.name} ({error})")
             continue
-        if kept.size is not None and kept.size != size:
+        if kept.size is not None and [*map(id_key, kept.size)] != [*map(id_key, size)]:
             sizes = " and ".join(f"{width} x {height}" for height, width in (kept.size, size))
             remarks["images dropped, of another size when annotated and now"].append(
                 f"{kept.name} ({sizes})"

@@ -259,7 +259,8 @@ def training_data(args: argparse.Namespace, names: Sequence[str] = ()) -> utils.
         dataset = load_subsets(args, subsets, names)
     if args.classes:
         all_images = dataset.num_images
-        dataset.image_info = [info for info in dataset.image_info if info["annotations"]]
+        key = "annotations" if args.format == "coco" else "objects"
+        dataset.image_info = [info for info in dataset.image_info if info[key]]
         dataset.prepare()
         logger.info("%d of %d images show these classes", dataset.num_images, all_images)
     return dataset
@@ -317,11 +318,8 @@ def load_own(
             the files. Classes are told apart by name, whatever ids the files give them.
     """
     dataset = FORMATS[args.format]()
-    if args.format == "coco":
-        choice = names[1:] or None, args.classes, args.crowd_as_objects
-        dataset.load_files(images, annotations, *choice)
-    else:
-        dataset.load_annotations(images[0], annotations[0], args.class_attribute, names[1:])
+    special = args.crowd_as_objects if args.format == "coco" else args.class_attribute
+    dataset.load_files(images, annotations, names[1:] or None, args.classes, special)
     dataset.prepare()
     return dataset
 
@@ -506,11 +504,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--year and --download are for --dataset")
     if args.dataset is not None and (args.format != "coco" or args.class_attribute):
         raise ValueError("--format and --class-attribute are for --annotations")
-    if args.format != "coco" and (args.classes or args.crowd_as_objects):
-        raise ValueError("--classes and --crowd-as-objects are for --format coco")
-    files = (args.annotations or []), (getattr(args, "val_annotations", None) or [])
-    if args.format != "coco" and max(map(len, files)) > 1:
-        raise ValueError("several files of annotations are for --format coco")
+    if args.format != "coco" and args.crowd_as_objects:
+        raise ValueError("--crowd-as-objects is for --format coco")
     if args.class_attribute and args.format != "via":
         raise ValueError("--class-attribute is for --format via")
     if args.command == "train":

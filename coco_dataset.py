@@ -286,12 +286,8 @@ class CocoDataset(utils.Dataset):
         Raises:
             FileNotFoundError, ValueError: see load_annotations.
         """
-        folders, files = [Path(d) for d in images_dirs], [Path(f) for f in annotation_files]
-        if len(folders) not in (1, len(files)):
-            raise ValueError(
-                f"there must be one folder of images, or one for each of the {len(files)}"
-                f" annotation files, got {len(folders)}"
-            )
+        files = [Path(file) for file in annotation_files]
+        folders = folder_of_each(images_dirs, files)
         contents = [read_content(file) for file in files]
         if class_names is None and len(files) > 1:
             names = dict.fromkeys(name for c in contents for name in choose_categories(c).names)
@@ -301,8 +297,6 @@ class CocoDataset(utils.Dataset):
                 )
             class_names = list(only_classes or names)
         choices = [choose_categories(c, None, class_names, only_classes) for c in contents]
-        if len(folders) == 1:
-            folders *= len(files)
         return [
             self._add(content, folder, "custom", chosen, crowd_as_objects, rename=True)
             for content, folder, chosen in zip(contents, folders, choices, strict=True)
@@ -496,6 +490,17 @@ class CocoDataset(utils.Dataset):
         if info["source"] == "coco":
             return f"https://cocodataset.org/#explore?id={info['id']}"
         return str(info["path"])
+
+
+def folder_of_each(images_dirs: Sequence[str | Path], files: Sequence[Path]) -> list[Path]:
+    """The folder of the images of each file, of one for each or one for all of them."""
+    if len(images_dirs) not in (1, len(files)):
+        raise ValueError(
+            f"there must be one folder of images, or one for each of the {len(files)}"
+            f" annotation files, got {len(images_dirs)}"
+        )
+    repeated = len(files) if len(images_dirs) == 1 else 1
+    return [Path(folder) for folder in images_dirs] * repeated
 
 
 # --- Categories ----------------------------------------------------------------------------------

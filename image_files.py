@@ -515,8 +515,10 @@ class _TiffSource:
 
     def __init__(self, path: str | Path, tiff: "TiffFile") -> None:
         self.path, self.tiff, self.page = path, tiff, tiff.pages.first
-        pixels = self.page.imagelength * self.page.imagewidth
-        if pixels > MAX_PIXELS or self.page.size > 4 * MAX_PIXELS:
+        sides = self.page.imagelength, self.page.imagewidth
+        if not all(isinstance(side, int) for side in sides):  # a tuple times a number is a long one
+            raise ValueError(f"a TIFF must have one height and one width, got {sides}"[:200])
+        if math.prod(sides) > MAX_PIXELS or self.page.size > 4 * MAX_PIXELS:
             raise Image.DecompressionBombError
         self.bit_depth = self.page.bitspersample if 8 < self.page.bitspersample < 16 else None
 

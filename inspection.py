@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import evaluation
 import utils
-from boxed_masks import read_masks
+from boxed_masks import BoxedMasks, read_masks
 from config import Config
 
 
@@ -186,8 +186,7 @@ def inspect(
         classes.update(instance["category_id"] for instance in objects)
         boxes, shape = _network_boxes(_corners(objects), (height, width), config)
         sides.append(np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(axis=1)))
-        overlaps = utils.compute_overlaps(torch.from_numpy(boxes), anchors(shape))
-        fits.append(overlaps.amax(dim=1).numpy())
+        fits.append(_best_overlaps(boxes, anchors(shape)))
     if sheet is not None and usable:
         _draw_sheet(dataset, _spread(usable, samples), sheet)
 
@@ -241,6 +240,14 @@ def _anchors(config: Config, shape: Sequence[int]) -> torch.Tensor:
     return torch.from_numpy(anchors)
 
 
+def _best_overlaps(boxes: np.ndarray, anchors: torch.Tensor) -> np.ndarray:
+    """The largest IoU of each box with an anchor."""
+    # All pairs of 450 boxes and the anchors of 1024 x 1024 pixels would take gigabytes.
+    blocks = torch.from_numpy(boxes).split(max(1, 2**20 // len(anchors)))
+    best = [utils.compute_overlaps(block, anchors).amax(dim=1) for block in blocks]
+    return torch.cat(best).numpy()
+
+
 def _network_boxes(
     boxes: np.ndarray, size: Sequence[int], config: Config
 ) -> tuple[np.ndarray, tuple[int, int]]:
@@ -254,21 +261,37 @@ def _network_boxes(
     return boxes[(boxes[:, 2:] > boxes[:, :2]).all(axis=1)], (height, width)
 
 
+# The longer side of a picture in the sheet, which is drawn smaller still: large images are shrunk
+# before anything is drawn.
+SHEET_SIDE = 1024
+
+
+def _shrunk(
+    image: np.ndarray, boxes: np.ndarray, masks: Sequence[dict[str, Any]]
+) -> tuple[np.ndarray, np.ndarray, list[dict[str, Any]]]:
+    """Image, boxes and run lengths at SHEET_SIDE."""
+    size = image.shape[:2]
+    resized = utils.resize_image(image, max_dim=SHEET_SIDE)
+    y1, x1, y2, x2 = resized.window
+    parts = BoxedMasks(size, map(utils.rle_decode_part, masks))
+    parts = parts.resize(resized.scale, [(0, 0), (0, 0)])
+    rles = [utils.rle_encode(part, box, parts.size) for box, part in parts.parts]
+    return resized.image[y1:y2, x1:x2], boxes * resized.scale, rles
+
+
 def _draw_sheet(dataset: utils.Dataset, image_ids: Sequence[int], path: str | Path) -> None:
     import visualize  # for matplotlib, which nothing else here needs
 
     pictures, titles = [], []
     for image_id in image_ids:
-        instances = evaluation.ground_truth(dataset, image_id)
+        image, instances = dataset.load_image(image_id), evaluation.ground_truth(dataset, image_id)
         class_ids = [i["category_id"] * (-1 if i["iscrowd"] else 1) for i in instances]
-        masks = [instance["segmentation"] for instance in instances]
+        boxes, masks = _corners(instances), [instance["segmentation"] for instance in instances]
+        if max(image.shape[:2]) > SHEET_SIDE:
+            image, boxes, masks = _shrunk(image, boxes, masks)
         pictures.append(
             visualize.draw_instances(
-                dataset.load_image(image_id),
-                _corners(instances),
-                masks,
-                np.array(class_ids, dtype=np.int64),
-                dataset.class_names,
+                image, boxes, masks, np.array(class_ids, dtype=np.int64), dataset.class_names
             )
         )
         titles.append(str(dataset.image_info[image_id]["id"]))

@@ -49,7 +49,9 @@ class MasksDataset(DrawnDataset):
     def read(self, request: Request) -> Iterator[ReadImage]:
         """Each image that has masks, and its objects."""
         root, remarks = request.annotations, request.remarks
-        if not root.is_dir() or os.path.realpath(root) == os.path.realpath(request.images):
+        if not root.is_dir():
+            raise FileNotFoundError(f"no folder {root}, which is to hold the masks")
+        if os.path.realpath(root) == os.path.realpath(request.images):
             raise ValueError(f"masks must be in a folder of their own, got {root}")
         images: dict[str, Path] = {}
         for path in image_files.list_images(request.images):

@@ -259,14 +259,14 @@ def test_an_image_that_cannot_be_used_is_dropped_and_listed(folder):
 
 
 def test_images_of_one_name_in_different_folders_differ(folder):
-    for name in ("left", "right"):
+    for name in ("left", "right", "more"):
         (folder / name).mkdir()
         Image.new("RGB", (WIDTH, HEIGHT)).save(folder / name / "a.png")
     names = ["left\\a.png", "right/a.png", "a.png"]
     data = read_via(folder, *(via(name, [region(RECT)]) for name in names))
     assert [info["id"] for info in data.image_info] == ["left/a.png", "right/a.png", "a.png"]
-    data.load_annotations(folder / "left", save(folder, {"0": via("a.png", [region(RECT)])}))
-    assert data.image_info[3]["id"] == (folder / "left" / "a.png").as_posix()
+    data.load_annotations(folder / "more", save(folder, {"0": via("a.png", [region(RECT)])}))
+    assert data.image_info[3]["id"] == (folder / "more" / "a.png").as_posix()
 
 
 def test_of_two_entries_for_one_file_that_of_its_size_is_meant(folder):
@@ -287,8 +287,7 @@ def test_classes_and_images_add_up_over_several_files(folder):
     data.prepare()
     assert data.class_names == ["BG", "fig", "date"]
     np.testing.assert_array_equal(data.load_mask(1)[1], [2, 1])
-    data.load_annotations(folder, path)  # its second image b.jpg has an id of its own
-    with pytest.raises(ValueError, match="images must be loaded once"):
+    with pytest.raises(ValueError, match=r"images must be loaded once, got .*b\.jpg again from"):
         data.load_annotations(folder, path)
 
 
@@ -427,6 +426,11 @@ def test_files_and_images_of_labelme_that_cannot_be_used_are_listed(folder):
         ],
         "images dropped, others are of the same file": ["copy_of_a.json (a.png)"],
     }
+
+
+def test_sizes_of_labelme_as_text(folder):
+    labelme(folder, "a.json", [shape("fig", "polygon", STAR)], size=(str(HEIGHT), float(WIDTH)))
+    assert read_labelme(folder).summary.remarks == {}
 
 
 def test_rectangles_of_four_corners_and_other_shapes_of_x_anylabeling(folder):

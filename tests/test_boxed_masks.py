@@ -1,10 +1,18 @@
 """BoxedMasks against the arrays that they stand for."""
 
+import tracemalloc
+import types
+
 import numpy as np
 import pytest
+from annotation_files import annotation, write
+from PIL import Image
 
 import augmentation
+import coco
 import dataset as data
+import evaluation
+import inspection
 import utils
 from boxed_masks import BoxedMasks
 from config import Config
@@ -150,3 +158,72 @@ def test_a_mask_loader_of_ones_own_counts():
     config = Config(NUM_CLASSES=2, IMAGE_MIN_DIM=64, IMAGE_MAX_DIM=64)
     assert len(data.TorchDataset(OwnBlobs(), config)[0][1]["boxes"]) == 2
     assert len(data.TorchDataset(BoxedBlobs(), config)[0][1]["boxes"]) == 5  # one is empty
+
+
+# --- Memory --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def crowded(tmp_path_factory):
+    """450 objects on 3024 x 4032 pixels: masks [H, W, N] of 5.5 GB."""
+    folder, rng = tmp_path_factory.mktemp("crowded"), np.random.default_rng(0)
+    corners = rng.integers((0, 0), (4032 - 80, 3024 - 80), (450, 2)).tolist()
+    outlines = [[x, y, x + 60, y, x + 60, y + 60, x, y + 60] for x, y in corners]
+    items = [annotation(i, segmentation=[outline]) for i, outline in enumerate(outlines)]
+    image = {"id": 1, "file_name": "1.png", "height": 3024, "width": 4032}
+    path = write(folder, items, [image], [{"id": 7, "name": "cup"}])
+    Image.new("RGB", (4032, 3024)).save(folder / "1.png")
+    dataset = coco.CocoDataset()
+    dataset.load_annotations(folder, path)
+    dataset.prepare()
+    return dataset
+
+
+def one_item(dataset, config, folder):
+    image, target = data.TorchDataset(dataset, config, data.horizontal_flip)[0]
+    assert image.shape == (3, 1024, 1024)
+    assert target["masks"].shape == (config.MAX_GT_INSTANCES, *config.MINI_MASK_SHAPE)
+
+
+def evaluate(dataset, config, folder):
+    truth = evaluation.ground_truth(dataset, 0)
+    boxes = np.array([i["bbox"] for i in truth[:20]]).astype(int)
+    corners = np.concatenate([boxes[:, 1::-1], boxes[:, 1::-1] + boxes[:, :1:-1]], axis=1)
+    ones = np.ones(20, int)
+    masks = [i["segmentation"] for i in truth[:20]]
+    found = {"rois": corners, "class_ids": ones, "scores": ones.astype(float), "masks": masks}
+    model = types.SimpleNamespace(config=config, detect=lambda images, masks: [found])
+    result = evaluation.evaluate_coco(model, dataset, verbose=0)
+    assert result.objects == 450
+    assert result.segm["AR100"] == pytest.approx(20 / 450)
+
+
+def look(dataset, config, folder):
+    assert "450 objects, 0 crowds" in inspection.inspect(dataset, config)
+    truth = evaluation.ground_truth(dataset, 0)
+    boxes, masks = inspection._corners(truth), [i["segmentation"] for i in truth]
+    image, _, masks = inspection._shrunk(dataset.load_image(0), boxes, masks)
+    assert image.shape == (768, 1024, 3)
+    assert len(masks) == 450
+
+
+@pytest.mark.parametrize("task", [one_item, evaluate, look])
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_memory_does_not_grow_with_objects_times_pixels(crowded, task, tmp_path, monkeypatch):
+    pairs, usual = [], utils.compute_overlaps
+
+    def counted(boxes1, boxes2):
+        pairs.append(len(boxes1) * len(boxes2))
+        return usual(boxes1, boxes2)
+
+    monkeypatch.setattr(utils, "compute_overlaps", counted)  # torch's memory is not traced
+    image = 3024 * 4032 * 3
+    config = Config(NUM_CLASSES=2, IMAGES_PER_GPU=1)
+    tracemalloc.start()
+    try:
+        task(crowded, config, tmp_path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert image < peak < 150e6
+    assert max(pairs, default=0) <= 2**20

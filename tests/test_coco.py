@@ -406,6 +406,23 @@ def test_validation_data_of_via_have_the_classes_of_the_training_data(
     assert "must have classes of ['fig', 'nut'], got ['date']" in capsys.readouterr().err
 
 
+def test_some_classes_of_several_files_of_via(checkpoint, tmp_path, monkeypatch, capsys):
+    recorder = Recorder(monkeypatch)
+    first = write_via(tmp_path / "a", ["nut", "fig", "date"], count=2)
+    second = write_via(tmp_path / "b", ["date", "nut"], count=3)
+    third = write_via(tmp_path / "c", ["date"])
+    images, files = ([option[i] for option in (first, second, third)] for i in (1, 3))
+    data = ["--images", *images, "--annotations", *files, "--format=via", "--class-attribute=kind"]
+    run = ["train", *data, f"--model={checkpoint}", f"--logs={tmp_path}", "--val-share=0"]
+    assert coco.main([*run, "--classes=nut,fig"]) == 0
+    assert recorder.train.class_names == ["BG", "nut", "fig"]
+    found = [recorder.train.load_mask(i)[1].tolist() for i in recorder.train.image_ids]
+    assert sorted(found) == [[1], [1], [1], [1, 2], [1, 2]]  # none of the third file's images
+    assert coco.main([*run, "--classes=nut,pea"]) == 2
+    message = "must be among 'date', 'fig', 'nut', got 'pea' for "
+    assert message in capsys.readouterr().err
+
+
 def test_from_labelme_to_numbers(checkpoint, tmp_path, capsys):
     data, logs = write_labelme(tmp_path / "photos"), f"--logs={tmp_path / 'logs'}"
     assert coco.main(["inspect", *data, f"--output={tmp_path / 'sheet.png'}"]) == 0
@@ -617,8 +634,7 @@ def test_help_shows_examples_that_parse(command, capsys):
         ("train --model=coco --dataset=a --class-attribute=b", "are for --annotations"),
         ("inspect --images=a --annotations=b --class-attribute=c", "is for --format via"),
         ("inspect --images=a --annotations=b --format=voc", "invalid choice: 'voc'"),
-        ("inspect --images=a --annotations b c --format=via", "are for --format coco"),
-        ("inspect --images=a --annotations b --format=via --classes c", "are for --format coco"),
+        ("inspect --images=a --annotations b --format=via --crowd-as-objects", "is for --format"),
         ("inspect --images a b c --annotations b.json c.json", "one folder of images, or one for"),
         ("train --model=coco --dataset=a --val-share=0.1", "--val-share is for --annotations"),
         (

@@ -8,6 +8,7 @@ import os
 import resource
 import struct
 import threading
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -974,6 +975,8 @@ def damaged(content, rng):
     content = bytearray(content)
     for _ in range(rng.integers(1, 5)):
         size = len(content)
+        if not size:
+            break
         position = int(rng.integers(min(size, rng.choice([64, 300, size]))))
         kind = rng.integers(6)
         if kind < 2:
@@ -1022,6 +1025,22 @@ def quiet(monkeypatch, capfd):
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
+
+
+@pytest.mark.usefixtures("quiet")
+def test_a_tiff_of_several_widths_takes_no_memory(tmp_path):
+    content = bytearray(encode_tiff(np.zeros((8, 8, 3), np.float32), photometric="rgb"))
+    for tag, count, value in ((256, 17, 8), (257, 1, 5_000_000)):
+        at = content.index(struct.pack("<HHI", tag, 4, 1))
+        content[at : at + 12] = struct.pack("<HHII", tag, 4, count, value)
+    (tmp_path / "a.tif").write_bytes(content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"a\.tif cannot be used: a TIFF must have one height"):
+            image_files.read_size(tmp_path / "a.tif")
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.usefixtures("quiet")

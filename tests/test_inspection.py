@@ -117,6 +117,27 @@ def test_the_sheet_shows_the_annotations(tmp_path):
     assert (halves[1] > 50).mean() < 0.001  # the second has none
 
 
+def test_the_sheet_is_drawn_at_its_own_scale(tmp_path, monkeypatch):
+    import visualize
+
+    drawn = []
+    usual = visualize.draw_instances
+
+    def draw(image, boxes, masks, *rest):
+        drawn.append((image.shape, boxes, np.stack([utils.rle_decode(rle) for rle in masks], 2)))
+        return usual(image, boxes, masks, *rest)
+
+    monkeypatch.setattr(visualize, "draw_instances", draw)
+    monkeypatch.setattr(inspection, "SHEET_SIDE", 40)  # half of the images' 80
+    inspection.inspect(Squares(*SCENES), SMALL, tmp_path / "sheet.png", samples=1)
+    ((shape, boxes, masks),) = drawn
+    assert shape == (30, 40, 3)
+    halves = np.array([[5, 5, 25, 25], [30, 40, 42, 52], [0, 0, 3, 3]]) / 2
+    np.testing.assert_allclose(boxes, halves)
+    assert masks.shape == (30, 40, 3)
+    np.testing.assert_allclose(utils.extract_bboxes(masks), halves, atol=1)
+
+
 # --- The check before training -------------------------------------------------------------------
 
 

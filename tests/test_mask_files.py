@@ -1,8 +1,11 @@
 """Folders of images and of masks, in each form that is read."""
 
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
+from test_image_files import damaged
 
 from mask_files import VOID, MasksDataset
 
@@ -195,6 +198,8 @@ def test_label_images_of_one_value_each_are_remarked(folders):
 
 def test_wrong_folders_are_refused(folders):
     images, masks = folders
+    with pytest.raises(FileNotFoundError, match="no folder .*nowhere, which is to hold the masks"):
+        read((images, masks / "nowhere"))
     with pytest.raises(ValueError, match="must be in a folder of their own"):
         read((images, images))
     with pytest.raises(FileNotFoundError, match="none can be used; images dropped, without"):
@@ -202,3 +207,53 @@ def test_wrong_folders_are_refused(folders):
     save(masks / "a.png", labels([0]))
     with pytest.raises(ValueError, match="must have objects with an area, found none"):
         read(folders)
+
+
+# --- Damaged files -------------------------------------------------------------------------------
+
+
+def read_damaged_masks(folders, rounds):
+    """Reads folders whose mask files are damaged; how many were read, and how many refused."""
+    images, masks = folders
+    whole = folders[0].parent / "whole"
+    save(whole / "a.png", labels([1, 2, 255]))
+    save(whole / "a_1.tif", labels([300, 40000], np.uint16))
+    save(whole / "fig" / "a_1_0.png", square(2))
+    save(whole / "date" / "a" / "0.gif", 255 * square(1).astype(np.uint8))
+    save(whole / "date" / "a" / "1.bmp", np.dstack([labels([9])] * 3))
+    save(whole / "SegmentationObject" / "a.png", labels([1, 2]), "P")
+    save(whole / "SegmentationClass" / "a.png", labels([7, 7]), "RGB")
+    (whole / "labelmap.txt").write_text("fig:7,7,7::\n")
+    contents = {path.relative_to(whole): path.read_bytes() for path in whole.rglob("*.*")}
+    counts = [0, 0]
+    for seed in range(rounds):
+        rng = np.random.default_rng(seed)
+        shutil.rmtree(masks)
+        for path, content in contents.items():
+            if (path.suffix == ".txt" or path.parent.name.startswith("Segm")) != bool(seed % 2):
+                continue
+            (masks / path).parent.mkdir(parents=True, exist_ok=True)
+            (masks / path).write_bytes(damaged(content, rng) if rng.random() < 0.7 else content)
+        data = MasksDataset()
+        try:
+            summary = data.load_annotations(images, masks)
+        except (ValueError, OSError):
+            counts[1] += 1
+            continue
+        data.prepare()
+        found = [data.load_mask(i) for i in data.image_ids]
+        assert all(m.any(axis=(0, 1)).all() and m.shape[:2] == (HEIGHT, WIDTH) for m, _ in found)
+        assert 0 < sum(len(class_ids) for _, class_ids in found) == summary.annotations
+        counts[0] += 1
+    return counts
+
+
+@pytest.mark.filterwarnings("ignore")  # of image decoders
+def test_damaged_masks(folders):
+    assert min(read_damaged_masks(folders, 60)) > 3
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_thousands_of_damaged_masks(folders):
+    assert min(read_damaged_masks(folders, 2000)) > 100
