@@ -455,6 +455,11 @@ class Config:
                 f"BACKBONE must be one of {', '.join(RESNETS)}, a dict such as {{'blocks':"
                 f" (2, 2, 2, 2), 'width': 32}} or a callable, got {self.BACKBONE!r}"
             )
+        if self.TRAIN_BN and not (self.BATCH_NORM_EPS and self.HEAD_BATCH_NORM_EPS):
+            raise ValueError(
+                "BATCH_NORM_EPS and HEAD_BATCH_NORM_EPS must be above 0 where TRAIN_BN trains"
+                f" BatchNorm, got {self.BATCH_NORM_EPS} and {self.HEAD_BATCH_NORM_EPS}; use 1e-5"
+            )
         if self.CLASS_NAMES is not None and len(self.CLASS_NAMES) != self.NUM_CLASSES:
             raise ValueError(
                 f"CLASS_NAMES must be None or a list of NUM_CLASSES = {self.NUM_CLASSES} names,"

@@ -51,6 +51,7 @@ def test_a_callable_option_of_a_class_is_called_without_self():
         ({"STD_PIXEL": (1.0, 0.0, 1.0)}, "STD_PIXEL must be a number above 0 per channel"),
         ({"ROI_ALIGN": "pool"}, "ROI_ALIGN must be 'crop_and_resize' or 'roi_align', got 'pool'"),
         ({"MASK_PASTE": 1}, "MASK_PASTE must be 'rounded', 'expanded' or 'sampled', got 1"),
+        ({"TRAIN_BN": True, "BATCH_NORM_EPS": 0.0}, "must be above 0 where TRAIN_BN .* use 1e-5"),
         ({"IMAGE_SIZE_DIVISOR": 48}, "IMAGE_SIZE_DIVISOR must be 32 or 64, got 48"),
         ({"CLASSIFIER_FC_LAYERS": 3}, "CLASSIFIER_FC_LAYERS must be 1 or 2, got 3"),
         ({"BACKBONE": {"blocks": (1, 1, 1, 1), "width": 0}}, "BACKBONE as a dict must be"),
