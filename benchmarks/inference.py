@@ -1,12 +1,16 @@
 """Seconds and memory of detection in one 1024 x 1024 image, beside torchvision's Mask R-CNN.
 
     python benchmarks/inference.py [--backbone resnet101] [--runs 7] [--threads 1 2]
+    python benchmarks/inference.py --preset torchvision_v2 [--images FOLDER]
 
 All networks have a ResNet-FPN, 81 classes, 1000 proposals and 100 detections. Ours, with and
 without CPU_WINOGRAD, has the deterministic weights of the tests, torchvision's has random ones. The
 runs alternate, so that a machine that slows down slows down all. GFLOP/s count the operations of
 the definition, of which Winograd needs a quarter; that of a product of 2048 x 2048 matrices in the
 same run is the scale. Peak memory is that of a process of its own for each.
+
+With --preset both networks are torchvision's maskrcnn_resnet50_fpn or _v2, have the same weights,
+and give the same detections in the same photographs: those of a folder, or three of scikit-image.
 """
 
 import argparse
@@ -24,13 +28,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import skimage.data
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import keras_weights  # noqa: E402 - of the tests
+import family_weights  # noqa: E402 - of the tests
+import keras_weights  # noqa: E402
 import reference_inputs  # noqa: E402
 
 import fused  # noqa: E402
@@ -66,23 +72,45 @@ def build_torchvision(backbone: str) -> torch.nn.Module:
     return MaskRCNN(features, 81, **sizes, box_score_thresh=0.0).eval()
 
 
-def make_run(name: str, backbone: str) -> Callable[[], int]:
-    """A function that detects in one image and returns the number of objects."""
-    image = reference_inputs.synthetic_image(1024, 1024)
+def read_images(args: argparse.Namespace) -> list[np.ndarray]:
+    if not args.preset:
+        return [reference_inputs.synthetic_image(1024, 1024)]
+    if args.images:
+        return [utils.load_image(path) for path in sorted(args.images.glob("*.jpg"))]
+    return [skimage.data.astronaut(), skimage.data.coffee(), skimage.data.chelsea()]
+
+
+def build_pair(preset: str, fast: bool) -> tuple[torch.nn.Module, modellib.MaskRCNN]:
+    """torchvision's own network, and ours with its weights."""
+    rival = family_weights.sensible_torchvision("v2" if preset == "torchvision_v2" else "v1")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "torchvision.pth")
+        torch.save(rival.state_dict(), path)
+        return rival, modellib.MaskRCNN.from_weights(path, CPU_WINOGRAD=fast)
+
+
+def make_run(name: str, args: argparse.Namespace) -> Callable[[], int]:
+    """A function that detects in the images, one by one, and returns the number of objects."""
+    images = read_images(args)
     if name == "torchvision":
-        rival = build_torchvision(backbone)
-        tensor = torch.from_numpy(image).permute(2, 0, 1) / 255
+        rival = (
+            build_pair(args.preset, fast=True)[0]
+            if args.preset
+            else build_torchvision(args.backbone)
+        )
+        tensors = [torch.from_numpy(image.copy()).permute(2, 0, 1) / 255 for image in images]
 
         def run() -> int:
             with torch.inference_mode():
-                result = rival([tensor])[0]
+                results = [rival([tensor])[0] for tensor in tensors]
                 # As ours: masks thresholded, and in numpy.
-                return len((result["masks"][:, 0] >= 0.5).numpy())
+                return sum(len((r["masks"][:, 0] >= 0.5).numpy()) for r in results)
     else:
-        ours = build_ours(backbone, fast=name == "ours")
+        fast = name == "ours"
+        ours = build_pair(args.preset, fast)[1] if args.preset else build_ours(args.backbone, fast)
 
         def run() -> int:
-            return ours.detect([image])[0]["masks"].shape[2]
+            return sum(ours.detect([image])[0]["masks"].shape[2] for image in images)
 
     return run
 
@@ -117,9 +145,11 @@ def stage_seconds(model: modellib.MaskRCNN, image: np.ndarray) -> dict[str, floa
     return seconds
 
 
-def peak_gigabytes(name: str, backbone: str, threads: int) -> float:
-    command = [sys.executable, __file__, "--peak", name, "--backbone", backbone]
+def peak_gigabytes(name: str, args: argparse.Namespace, threads: int) -> float:
+    command = [sys.executable, __file__, "--peak", name, "--backbone", args.backbone]
     command += ["--threads", str(threads)]
+    command += ["--preset", args.preset] if args.preset else []
+    command += ["--images", str(args.images)] if args.images else []
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return json.loads(output.splitlines()[-1])
 
@@ -132,13 +162,14 @@ def large_image_peak() -> None:
     print(f"{count} detections in 6000 x 4000")
 
 
-def compare(backbone: str, threads: int, rounds: int) -> None:
+def compare(args: argparse.Namespace, threads: int) -> None:
     """Prints the tables for a number of threads."""
     torch.set_num_threads(threads)
-    print(f"\n{backbone}, {threads} threads, medians of {rounds} alternating runs\n")
+    what, rounds = args.preset or args.backbone, args.runs
+    print(f"\n{what}, {threads} threads, medians of {rounds} alternating runs\n")
     # First, since a process counts the memory of the one that started it.
-    peaks = {name: peak_gigabytes(name, backbone, threads) for name in NAMES}
-    runs: dict[str, Callable[[], Any]] = {name: make_run(name, backbone) for name in NAMES}
+    peaks = {name: peak_gigabytes(name, args, threads) for name in NAMES}
+    runs: dict[str, Callable[[], Any]] = {name: make_run(name, args) for name in NAMES}
     counts = {name: run() for name, run in runs.items()}  # warm
     work = {}
     for name in ("plain", "torchvision"):
@@ -188,6 +219,9 @@ def compare_stages(backbone: str, threads: int, rounds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backbone", choices=["resnet50", "resnet101"], default="resnet101")
+    text = "compare with torchvision's own network, with its weights"
+    parser.add_argument("--preset", choices=["torchvision", "torchvision_v2"], help=text)
+    parser.add_argument("--images", type=Path, help="with --preset: a folder of .jpg files")
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--peak", choices=[*NAMES, "large"], help=argparse.SUPPRESS)
@@ -197,15 +231,17 @@ def main() -> None:
         if args.peak == "large":
             large_image_peak()
         else:
-            make_run(args.peak, args.backbone)()
+            make_run(args.peak, args)()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
         return
 
     print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}")
-    large = peak_gigabytes("large", args.backbone, args.threads[-1])
     for threads in args.threads:
-        compare(args.backbone, threads, args.runs)
+        compare(args, threads)
         gc.collect()
+    if args.preset:
+        return
+    large = peak_gigabytes("large", args, args.threads[-1])
     compare_stages(args.backbone, args.threads[-1], args.runs)
     print(f'\n100 detections in 6000 x 4000 pixels, masks="rle": peak {large:.2f} GB')
 

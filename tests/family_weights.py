@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 # Blocks of C2 to C5, and channels of the 3 x 3 convolutions of C2 and their groups.
 DETECTRON2 = {
@@ -195,3 +196,51 @@ def expected_shapes(blocks, inner, groups, classes, stem=64, pyramid=256, fully=
     layer("mask.deconv", pyramid, pyramid, 2, 2)
     layer("mask.conv5", classes, pyramid, 1, 1)
     return shapes
+
+
+def sensible_torchvision(version):
+    """maskrcnn_resnet50_fpn ("v1") or _v2 ("v2") of torchvision, ready to detect.
+
+    Its random weights find objects, of scores and classes of many kinds. That of v1 is built as it
+    is for its published weights: frozen, and with an eps of 0.
+    """
+    from torchvision.models import detection
+    from torchvision.ops import FrozenBatchNorm2d
+
+    if version == "v2":
+        return _sensible(detection.maskrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None))
+    network = detection.maskrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+    body = network.backbone.body
+    for name, module in list(body.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            parent, _, leaf = name.rpartition(".")
+            frozen = FrozenBatchNorm2d(module.num_features, eps=0.0)
+            setattr(body.get_submodule(parent), leaf, frozen)
+    return _sensible(network)
+
+
+def _sensible(network):
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(tensor, scale):
+        tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale)
+
+    def near(tensor, value):
+        tensor.copy_(value * (0.8 + 0.4 * torch.rand(tensor.shape, generator=generator)))
+
+    with torch.no_grad():
+        for name, module in network.named_modules():
+            if isinstance(module, nn.Conv2d | nn.Linear | nn.ConvTranspose2d):
+                normal(module.weight, math.sqrt(2 / module.weight[0].numel()))
+                if module.bias is not None:
+                    normal(module.bias, 0.05)
+            elif hasattr(module, "running_var"):
+                near(module.weight, 0.3 if name.endswith("bn3") else 1)
+                near(module.running_var, 1)
+                normal(module.bias, 0.1)
+                normal(module.running_mean, 0.1)
+        network.rpn.head.cls_logits.weight.mul_(0.3)
+        network.rpn.head.bbox_pred.weight.mul_(0.1)
+        network.roi_heads.box_predictor.cls_score.weight.mul_(0.3)
+        network.roi_heads.box_predictor.bbox_pred.weight.mul_(0.05)
+    return network.eval()

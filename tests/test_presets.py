@@ -5,16 +5,15 @@ detectron2 and torchvision gave, in (x1, y1, x2, y2).
 """
 
 import copy
-import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SHARED, TinyNetwork, load_golden, needs_shared
+from family_weights import sensible_torchvision
 from PIL import Image
 from reference_inputs import synthetic_image
-from torch import nn
 
 import detections
 import model as modellib
@@ -309,52 +308,11 @@ def test_a_network_of_each_family_learns_an_object(preset, mini):
 # ------------------------------------------------------------------ torchvision as a whole
 
 
-def sensible(network):
-    """Random weights with which a network finds objects, of scores and classes of many kinds."""
-    generator = torch.Generator().manual_seed(1)
-
-    def normal(tensor, scale):
-        tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale)
-
-    def near(tensor, value):
-        tensor.copy_(value * (0.8 + 0.4 * torch.rand(tensor.shape, generator=generator)))
-
-    with torch.no_grad():
-        for name, module in network.named_modules():
-            if isinstance(module, nn.Conv2d | nn.Linear | nn.ConvTranspose2d):
-                normal(module.weight, math.sqrt(2 / module.weight[0].numel()))
-                if module.bias is not None:
-                    normal(module.bias, 0.05)
-            elif hasattr(module, "running_var"):
-                near(module.weight, 0.3 if name.endswith("bn3") else 1)
-                near(module.running_var, 1)
-                normal(module.bias, 0.1)
-                normal(module.running_mean, 0.1)
-        network.rpn.head.cls_logits.weight.mul_(0.3)
-        network.rpn.head.bbox_pred.weight.mul_(0.1)
-        network.roi_heads.box_predictor.cls_score.weight.mul_(0.3)
-        network.roi_heads.box_predictor.bbox_pred.weight.mul_(0.05)
-    return network.eval()
-
-
 @pytest.fixture(scope="module", params=["v1", "v2"])
 def pair(request, tmp_path_factory):
     """torchvision's network and ours, with the weights that it saved."""
-    detection = pytest.importorskip("torchvision").models.detection
-    from torchvision.ops import FrozenBatchNorm2d
-
-    if request.param == "v2":
-        theirs = detection.maskrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None)
-    else:
-        # As its published weights are loaded: frozen, and with an eps of 0.
-        theirs = detection.maskrcnn_resnet50_fpn(weights=None, weights_backbone=None)
-        body = theirs.backbone.body
-        for name, module in list(body.named_modules()):
-            if isinstance(module, nn.BatchNorm2d):
-                parent, _, leaf = name.rpartition(".")
-                frozen = FrozenBatchNorm2d(module.num_features, eps=0.0)
-                setattr(body.get_submodule(parent), leaf, frozen)
-    theirs = sensible(theirs)
+    pytest.importorskip("torchvision")
+    theirs = sensible_torchvision(request.param)
     path = tmp_path_factory.mktemp("weights") / f"{request.param}.pth"
     torch.save(theirs.state_dict(), path)
     return theirs, MaskRCNN.from_weights(path)
