@@ -183,7 +183,7 @@ def build_coco_results(
 
     Args:
         image_id: as in the annotation file.
-        result: of MaskRCNN.detect(..., masks="rle").
+        result: of MaskRCNN.detect(..., masks="rle"); `boxes`, if there, count before `rois`.
         category_ids: by class id; None gives the class ids themselves.
 
     Returns:
@@ -191,7 +191,7 @@ def build_coco_results(
     """
     results = []
     for box, class_id, score, mask in zip(
-        result["rois"].tolist(),
+        result.get("boxes", result["rois"]).tolist(),
         result["class_ids"].tolist(),
         result["scores"].tolist(),
         result["masks"],
