@@ -35,7 +35,7 @@ from config import RESNETS, Config
 from dataset import horizontal_flip
 from downloads import PUBLISHED
 from evaluation import build_coco_results as build_coco_results
-from evaluation import evaluate_coco, evaluator
+from evaluation import evaluate_coco, evaluator, least_score
 from families import CATEGORIES as CATEGORIES
 from families import CATEGORY_IDS as CATEGORY_IDS
 from families import CLASS_NAMES
@@ -110,7 +110,7 @@ def model_and_data(
 
 def names_to_train(args: argparse.Namespace, file: weights.WeightFile | None) -> Sequence[str]:
     """The classes of the file, where the data are to be numbered as they are; else none."""
-    if file is None or args.model == "imagenet":
+    if file is None or not weights.is_whole(file):
         return ()
     names = weights.read_options(file).get("CLASS_NAMES") or ()
     # A run goes on with its own classes. On MS COCO so do the heads of a network that knows more:
@@ -150,7 +150,7 @@ def model_to_train(
     options |= {"NUM_CLASSES": dataset.num_classes, "CLASS_NAMES": dataset.class_names}
     if file is None:
         return modellib.MaskRCNN(CocoConfig(**options), args.logs)
-    if args.model == "imagenet":
+    if not weights.is_whole(file):  # a ResNet, pretrained on ImageNet
         config = CocoConfig(**options)
         return modellib.MaskRCNN.from_weights(file, config, model_dir=args.logs)
 
@@ -202,26 +202,18 @@ def evaluate(args: argparse.Namespace) -> None:
     path = model_file(args)
     assert path is not None
     file = weights.read_state_dict(path)
-    options = config_options(args) | {"DETECTION_MIN_CONFIDENCE": least_score(file)}
-    model = modellib.MaskRCNN.from_weights(file, **options).to(args.device)
+    model = modellib.MaskRCNN.from_weights(file, **config_options(args)).to(args.device)
     del file
     names = model.config.CLASS_NAMES or (CLASS_NAMES if args.model == "coco" else [])
     dataset = evaluation_data(args, names)
     count = min(args.limit or dataset.num_images, dataset.num_images)
     logger.info("%s on %d of %d images (see --limit)", path, count, dataset.num_images)
-    result = evaluate_coco(model, dataset, limit=args.limit, results_path=args.results)
+    least = least_score(model.config)
+    result = evaluate_coco(
+        model, dataset, limit=args.limit, min_confidence=least, results_path=args.results
+    )
     if result is not None:
         print(result)
-
-
-def least_score(file: weights.WeightFile) -> float:
-    """DETECTION_MIN_CONFIDENCE to evaluate a model with: AP is about all detections.
-
-    Those of each class are many, hence the 0.05 that the authors of such models evaluate with.
-    """
-    known = weights.read_options(file)
-    score = known.get("DETECTION_MIN_CONFIDENCE", Config.DETECTION_MIN_CONFIDENCE)
-    return float(score) if known.get("DETECTION_PER_CLASS") and score <= 0.05 else 0.0
 
 
 def inspect_data(args: argparse.Namespace) -> None:

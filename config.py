@@ -46,7 +46,8 @@ class Config:
     # one exceed IMAGE_MAX_DIM, which wins in mode "square". None: do not scale.
     IMAGE_MIN_DIM: int | None = 800
     IMAGE_MAX_DIM: int | None = 1024
-    # Sides of the network input are multiples of it: 64, P6's stride, or 32.
+    # In the modes "none" and "shortest_edge" sides of the network input are multiples of it: 64,
+    # P6's stride, or 32. Elsewhere they are multiples of 64.
     IMAGE_SIZE_DIVISOR: int = 64
     # In mode "shortest_edge": "pillow", bilinear over all pixels that a new one covers, rounded to
     # whole numbers; "float", bilinear between the four nearest pixels, not rounded.
@@ -301,8 +302,8 @@ class Config:
 
     @property
     def BOX_FRAME(self) -> str:
-        """Frame of proposals and detections: "unit", or "pixel", network pixels; see utils."""
-        return "unit" if self.ROI_ALIGN == "crop_and_resize" else "pixel"
+        """Frame of proposals and detections: "unit", or "network"; see docs/conventions.md."""
+        return "unit" if self.ROI_ALIGN == "crop_and_resize" else "network"
 
     @property
     def MASK_SHAPE(self) -> tuple[int, int]:
@@ -415,6 +416,11 @@ class Config:
                     f" use {below} or {below + 64}"
                 )
         smallest, largest = self.IMAGE_MIN_DIM, self.IMAGE_MAX_DIM
+        if mode == "shortest_edge" and self.IMAGE_MIN_SCALE:
+            raise ValueError(
+                "IMAGE_MIN_SCALE must be 0 in mode 'shortest_edge', which scales by IMAGE_MIN_DIM"
+                f" and IMAGE_MAX_DIM alone, got {self.IMAGE_MIN_SCALE}"
+            )
         if mode == "shortest_edge" and (smallest is None or largest is None):
             raise ValueError(
                 "IMAGE_MIN_DIM and IMAGE_MAX_DIM must be numbers in mode 'shortest_edge', got"
@@ -444,10 +450,12 @@ class Config:
             numbers = [*blocks, *sizes.values()] if isinstance(blocks, Sequence) else []
             whole = all(isinstance(number, int) and 1 <= number <= 1000 for number in numbers)
             known = {"width"} <= sizes.keys() <= {"width", "groups", "width_per_group"}
-            if not known or len(numbers) != 4 + len(sizes) or not whole:
+            fits = known and whole and sizes["width"] * sizes.get("width_per_group", 64) % 64 == 0
+            if not fits or len(numbers) != 4 + len(sizes):
                 raise ValueError(
                     "BACKBONE as a dict must be {'blocks': (four numbers in 1..1000), 'width':"
-                    " channels of C1 in 1..1000}, and may have 'groups' and 'width_per_group', got"
+                    " channels of C1 in 1..1000}, and may have 'groups' and 'width_per_group', of"
+                    " which width / 64 times is a whole number, got"
                     f" {self.BACKBONE!r:.200}"
                 )
         elif not (self.BACKBONE in RESNETS or callable(self.BACKBONE)):

@@ -258,7 +258,8 @@ def collate(
         if all(target["masks"].shape[1:] == image.shape[1:] for image, target in items):
             targets = [{**target, "masks": pad(target["masks"])} for target in targets]
         canvas = images[0].new_empty(len(images), len(images[0]), height, width)
-        canvas[:] = canvas.new_tensor(padding_value or 0).view(-1, 1, 1)
+        value = 0 if padding_value is None else padding_value
+        canvas[:] = torch.as_tensor(value).to(canvas).view(-1, 1, 1)
         for plane, image in zip(canvas, images, strict=True):
             plane[:, : image.shape[1], : image.shape[2]] = image
         return canvas, targets

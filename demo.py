@@ -34,6 +34,7 @@ import utils
 import visualize
 from annotations import read_json
 from config import Config
+from detections import unmold_boxes
 from downloads import PUBLISHED, SHIPPED
 from file_names import ImageFolder
 
@@ -91,7 +92,7 @@ def draw_stages(
     )
 
     def pixels(boxes: torch.Tensor) -> np.ndarray:
-        return modellib.unmold_boxes(boxes, windows[0], image.shape, model.config).cpu().numpy()
+        return unmold_boxes(boxes, windows[0], image.shape, model.config).cpu().numpy()
 
     rpn, proposals, detections = prediction.rpn, prediction.proposals, prediction.detections
     # Of two logits the foreground's comes last, and counts above the background's.

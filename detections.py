@@ -1,4 +1,4 @@
-"""From the outputs of the heads to the detections of an image, as users get them.
+"""What the network finds in a batch, and the detections of an image, as users get them.
 
 Letters in shapes and frames of boxes are those of model.py.
 """
@@ -12,6 +12,13 @@ from torch import Tensor
 import utils
 from config import Config
 from nms import batched_nms
+
+
+class RPNOutput(NamedTuple):
+    """What the region proposal network says of each anchor of each image."""
+
+    logits: Tensor  # [B, A, 2] background, foreground; [B, A, 1] unless RPN_SCORE is "softmax"
+    deltas: Tensor  # [B, A, 4] dy, dx, log(dh), log(dw) in units of RPN_BBOX_STD_DEV
 
 
 class Rois(NamedTuple):
@@ -31,11 +38,15 @@ class Detections(NamedTuple):
     roi_index: Tensor  # [N] int64, the proposal it was refined from
 
 
-def are_larger(boxes: Tensor, size: float | None) -> Tensor:
-    """Which boxes [N, 4] have sides above size, [N] bool; all if it is None."""
-    if size is None:
-        return torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
-    return (boxes[:, 2:] - boxes[:, :2] > size).all(dim=1)
+class Prediction(NamedTuple):
+    """What each stage found in a batch, from the region proposals on."""
+
+    rpn: RPNOutput
+    proposals: Rois
+    class_probs: Tensor  # [R, K]
+    class_deltas: Tensor  # [R, K, 4] in units of BBOX_STD_DEV
+    detections: Detections
+    mask_probs: Tensor  # [N, M, M] of the detected class
 
 
 def refine_detections(
@@ -64,7 +75,7 @@ def refine_detections(
     deltas = class_deltas[rows, class_ids] * class_deltas.new_tensor(config.BBOX_STD_DEV)
     boxes = utils.apply_box_deltas(proposals.boxes[rows], deltas, config.BBOX_LOG_SCALE_LIMIT)
     boxes = utils.clip_boxes(boxes, windows[image_index])
-    large = are_larger(boxes, config.DETECTION_MIN_SIZE)
+    large = utils.are_larger(boxes, config.DETECTION_MIN_SIZE)
     boxes, rows, class_ids = boxes[large], rows[large], class_ids[large]
     scores, image_index = scores[large], image_index[large]
 
@@ -89,7 +100,7 @@ def unmold_boxes(
         image_shape: (height, width, ...) of the image.
 
     Returns:
-        [N, 4] float32; whole numbers if MASK_PASTE is "rounded".
+        [N, 4] float32; whole numbers in the unit frame, or if MASK_PASTE is "rounded".
     """
     # A window of one pixel has no extent in the unit frame.
     shift, scale = window[:2].repeat(2), (window[2:] - window[:2]).clamp(min=1e-9).repeat(2)
@@ -103,8 +114,7 @@ def unmold_boxes(
 
 
 def unmold_detections(
-    detections: Detections,
-    mask_probs: Tensor,
+    prediction: Prediction,
     image: int,
     image_shape: Sequence[int],
     window: Tensor,
@@ -114,23 +124,23 @@ def unmold_detections(
     """The detections of one image of a batch, in the form that MaskRCNN.detect returns.
 
     Args:
-        mask_probs: [N, M, M] of the detections.
         image: position in the batch.
         image_shape: (height, width, ...) of the image before it was molded.
         window: [4] the BOX_FRAME, the part of the network input that shows the image.
         masks: "full", "rle" or "box".
     """
+    detections = prediction.detections
     members = (detections.image_index == image).nonzero()[:, 0]
     boxes = unmold_boxes(detections.boxes[members], window, image_shape, config)
     # Boxes thinner than a pixel of the image can round to nothing.
-    visible = are_larger(boxes, 0)
+    visible = utils.are_larger(boxes, 0)
     boxes, members = boxes[visible], members[visible]
 
     size = (image_shape[0], image_shape[1])
     rois = boxes.round().int()
     parts = (
         utils.paste_mask(probs, box, size, config.MASK_PASTE)
-        for probs, box in zip(mask_probs[members], boxes.tolist(), strict=True)
+        for probs, box in zip(prediction.mask_probs[members], boxes.tolist(), strict=True)
     )
     found: Any
     if masks == "full":

@@ -18,6 +18,7 @@ from tqdm import tqdm
 import distributed
 import utils
 from boxed_masks import BoxedMasks, read_masks
+from config import Config
 
 logger = logging.getLogger(__name__)
 
@@ -164,13 +165,23 @@ def evaluate_coco(
     )
 
 
+def least_score(config: Config) -> float:
+    """DETECTION_MIN_CONFIDENCE to evaluate with: AP is about all detections.
+
+    Those of each class are many, hence the 0.05 that the authors of such models evaluate with.
+    """
+    score = config.DETECTION_MIN_CONFIDENCE
+    return float(score) if config.DETECTION_PER_CLASS and score <= 0.05 else 0.0
+
+
 def evaluator(
     dataset: utils.Dataset, limit: int | None = None
 ) -> Callable[[Any], dict[str, float]]:
     """What train_model(evaluate=...) takes: bbox_AP, bbox_AP50, segm_AP and segm_AP50."""
 
     def evaluate(model: Any) -> dict[str, float]:
-        result = evaluate_coco(model, dataset, limit=limit, min_confidence=0.0, verbose=0)
+        least = least_score(model.config)
+        result = evaluate_coco(model, dataset, limit=limit, min_confidence=least, verbose=0)
         return {} if result is None else result.metrics
 
     return evaluate

@@ -332,19 +332,24 @@ def convert(
         return state, dict(presets.TORCHVISION_RESNET)
     preset = presets.Detectron2X101Config if _is_resnext(state) else presets.Detectron2Config
     options = presets.options_of(preset)
-    if (stem := state.get("fpn.C1.0.weight")) is not None and stem.ndim == 4:
-        state["fpn.C1.0.weight"] = stem.flip(1)  # BGR
+    mean, std = _numbers(state, "pixel_mean"), _numbers(state, "pixel_std")
+    # BGR, unless the network was trained on RGB: natural light has more red than blue.
+    bgr = not mean or mean[0] >= mean[-1]  # as _numbers turned it round
+    stem = state.get("fpn.C1.0.weight")
+    if bgr and stem is not None and stem.ndim == 4:
+        state["fpn.C1.0.weight"] = stem.flip(1)
+    if not bgr:
+        mean, std = mean[::-1], std and std[::-1]
     if kind != DETECTRON2:
         return state, {name: options[name] for name in BACKBONE_OPTIONS}
     _arrange_heads(state)
     _background_first(state)
-    std = _numbers(state, "pixel_std")
     if std and std != (1.0,) * len(std):  # that of the MSRA networks
         options |= presets.options_of(presets.Detectron2X101Config)
         options["STD_PIXEL"] = std
     elif std:
         options["STD_PIXEL"] = None
-    if mean := _numbers(state, "pixel_mean"):
+    if mean:
         options["MEAN_PIXEL"] = mean
     if len(state["classifier.linear_class.weight"]) == len(CLASS_NAMES):
         options["CLASS_NAMES"] = list(CLASS_NAMES)

@@ -24,7 +24,7 @@ import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,8 +39,7 @@ import weights
 from augmentation import Augmentation
 from config import BACKBONE_OPTIONS, RESNETS, Config
 from dataset import check_batch
-from detections import Detections, Rois, are_larger, refine_detections, unmold_detections
-from detections import unmold_boxes as unmold_boxes
+from detections import Prediction, Rois, RPNOutput, refine_detections, unmold_detections
 from fused import convolve
 from losses import (
     mrcnn_bbox_loss,
@@ -54,24 +53,6 @@ from roialign import crop_and_resize, roi_align
 from targets import RoiTargets, RPNTargets, build_rpn_targets, sample_rois
 
 logger = logging.getLogger(__name__)
-
-
-class RPNOutput(NamedTuple):
-    """What the region proposal network says of each anchor of each image."""
-
-    logits: Tensor  # [B, A, 2] background, foreground; [B, A, 1] unless RPN_SCORE is "softmax"
-    deltas: Tensor  # [B, A, 4] dy, dx, log(dh), log(dw) in units of RPN_BBOX_STD_DEV
-
-
-class Prediction(NamedTuple):
-    """What each stage found in a batch, from the region proposals on."""
-
-    rpn: RPNOutput
-    proposals: Rois
-    class_probs: Tensor  # [R, K]
-    class_deltas: Tensor  # [R, K, 4] in units of BBOX_STD_DEV
-    detections: Detections
-    mask_probs: Tensor  # [N, M, M] of the detected class
 
 
 ############################################################
@@ -390,7 +371,7 @@ def proposal_layer(
             # By rank, then in anchor order: nms breaks ties of scores by position.
             top = start + top[level_ranks[top].argsort(descending=True, stable=True)]
             refined = refine_anchors(anchors[top], rpn.deltas[image, top], region, config)
-            large = are_larger(refined, config.RPN_MIN_SIZE)
+            large = utils.are_larger(refined, config.RPN_MIN_SIZE)
             refined, level_scores = refined[large], scores[image, top[large]]
             keep = nms(refined, level_scores, config.RPN_NMS_THRESHOLD)[:count]
             kept.append(refined[keep])
@@ -445,7 +426,11 @@ def pyramid_roi_align(
         boxes = boxes.clamp(max=1 - 2**-22)
     levels = roi_levels(boxes, image_shape, config)
     boxes = boxes.to(torch.promote_types(boxes.dtype, features[0].dtype))
-    pooled = boxes.new_empty(len(boxes), features[0].shape[1], pool_size, pool_size)
+    # As the maps, which convolutions that follow take without a copy.
+    last = features[0].is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
+    shape = len(boxes), features[0].shape[1], pool_size, pool_size
+    pooled = torch.empty(shape, dtype=boxes.dtype, device=boxes.device, memory_format=layout)
     for level, feature in enumerate(features, start=2):
         members = (levels == level).nonzero()[:, 0]
         some, index = boxes[members], rois.image_index[members]
@@ -784,15 +769,7 @@ class MaskRCNN(nn.Module):
         molded, windows = self.mold_inputs(images)
         prediction = self.predict(molded, windows)
         results = [
-            unmold_detections(
-                prediction.detections,
-                prediction.mask_probs,
-                i,
-                image.shape,
-                windows[i],
-                masks,
-                self.config,
-            )
+            unmold_detections(prediction, i, image.shape, windows[i], masks, self.config)
             for i, image in enumerate(images)
         ]
         if verbose:
@@ -941,37 +918,35 @@ class MaskRCNN(nn.Module):
     def set_backbone(self, options: Mapping[str, Any]) -> None:
         """Makes the ResNet compute what its weights were trained with.
 
-        Called by load_weights. The config is where a new model starts; what came of it is kept in
-        backbone_options and in checkpoints.
+        Called by load_weights. Where that is not what the config says, the model gets a config of
+        its own, since other models may share the one that it had.
 
         Args:
-            options: some of config.BACKBONE_OPTIONS; the config's own for the others.
+            options: some of config.BACKBONE_OPTIONS.
 
         Raises:
             ValueError: a value that cannot be, or does not fit IMAGE_CHANNEL_COUNT.
         """
-        # In a copy, since other models may share the config.
-        wanted = copy.copy(self.config)
-        for name in BACKBONE_OPTIONS:
-            setattr(wanted, name, options.get(name, getattr(self.config, name)))
-        wanted.validate()
-        self.backbone_options = {name: getattr(wanted, name) for name in BACKBONE_OPTIONS}
-        self.mean.copy_(torch.tensor(wanted.MEAN_PIXEL).view(-1, 1, 1))
-        self.std.copy_(torch.tensor(wanted.STD_PIXEL or 1.0).view(-1, 1, 1))
+        known = {name: getattr(self.config, name) for name in BACKBONE_OPTIONS}
+        if weights.plain(known | dict(options)) != weights.plain(known):
+            config = copy.copy(self.config)
+            vars(config).update(options)
+            config.validate()
+            self.config = self.classifier.config = self.mask.config = config
+        config, std = self.config, self.config.STD_PIXEL
+        self.mean.copy_(torch.as_tensor(config.MEAN_PIXEL).view(-1, 1, 1))
+        self.std.copy_(torch.as_tensor(1.0 if std is None else std).view(-1, 1, 1))
         for module in itertools.chain.from_iterable(stage.modules() for stage in self._stages()):
             if isinstance(module, BatchNorm2d):
-                module.eps = wanted.BATCH_NORM_EPS
+                module.eps = config.BATCH_NORM_EPS
             elif isinstance(module, StemPool):
-                same = wanted.STEM_POOL_PADDING == "same"
+                same = config.STEM_POOL_PADDING == "same"
                 module.padding, module.ceil_mode = (0, True) if same else (1, False)
             elif isinstance(module, Bottleneck):
                 # The strides of the first block of C3, C4 and C5 are 2 and 1, or 1 and 2.
-                strides = sorted([module.conv1.stride, module.conv2.stride])
-                small, large = strides
-                first = wanted.STRIDE_IN_1X1
-                module.conv1.stride, module.conv2.stride = (
-                    (large, small) if first else (small, large)
-                )
+                strides = [module.conv1.stride, module.conv2.stride]
+                strides.sort(reverse=config.STRIDE_IN_1X1)
+                module.conv1.stride, module.conv2.stride = strides
 
     def load_weights(
         self,
@@ -984,7 +959,7 @@ class MaskRCNN(nn.Module):
         """Loads a file of any known format; see weights.load_weights.
 
         Args:
-            path: a .h5 or .pth file, "coco" or "imagenet".
+            path: a weight file, or a name that weights.find_weights knows.
             exclude: modules that keep their weights, by our names or Matterport's.
             skip_mismatched: leave tensors of another shape as they are instead of raising.
             verbose: print what was loaded.
@@ -1006,14 +981,15 @@ class MaskRCNN(nn.Module):
         """A model in inference mode with the weights of a file.
 
         Args:
-            path: "coco", "shapes" or "nuclei"; a .h5 or .pth file, which tells depth, widths and
-                classes, and if it is a checkpoint of ours all options; or what
-                weights.read_state_dict made of one.
+            path: a name such as "coco", "torchvision_v2" or "nuclei"; a weight file, which tells
+                depth, widths, classes and what its family needs, and if it is a checkpoint of ours
+                all options; or what weights.read_state_dict made of one.
             config: a class of configuration, which is filled with what the file tells, except for
                 options that the class sets itself; or a configuration to be taken as it is.
             exclude: modules that start anew, e.g. those of other classes; see load_weights.
             model_dir: folder for the logs and checkpoints of training.
-            options: of config, e.g. DETECTION_MIN_CONFIDENCE=0.5; they win over the file's.
+            options: of config, e.g. DETECTION_MIN_CONFIDENCE=0.5; they win over the file's. Of a
+                config or class, config.BACKBONE_OPTIONS do not: they follow the file.
 
         Raises:
             FileNotFoundError, ValueError: see weights.load_weights.
@@ -1022,6 +998,8 @@ class MaskRCNN(nn.Module):
             if not isinstance(path, weights.WeightFile):
                 path = weights.read_state_dict(weights.find_weights(path))
             config = config(**config.unset(weights.read_options(path)) | options)
+            given = {name: options[name] for name in BACKBONE_OPTIONS if name in options}
+            path = path._replace(config=path.config | given)
         elif options:
             raise TypeError(f"options must be set in the config that is given, got {options}")
         model = cls(config, model_dir)

@@ -93,7 +93,7 @@ def _dict(pairs: Any = ()) -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     for pair in pairs:
         key, value = pair
-        found[_key(key)] = value
+        found[_key(key)] = _finished(value)
     return found
 
 

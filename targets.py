@@ -175,7 +175,7 @@ def crop_masks(
         corner, far_corner = gt_boxes[assigned].split(2, dim=1)
         boxes = (rois - corner.repeat(1, 2)) / (far_corner - corner).repeat(1, 2)
     height, width = config.MASK_SHAPE
-    if config.BOX_FRAME == "pixel":
+    if config.BOX_FRAME == "network":
         if config.USE_MINI_MASK:
             boxes = boxes * boxes.new_tensor(masks.shape[1:]).repeat(2)
         crops = roi_align(masks[:, None].float(), boxes, assigned, height, width, 0, True)

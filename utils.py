@@ -193,6 +193,13 @@ def clip_boxes(boxes: Tensor, window: Tensor | Sequence[float]) -> Tensor:
     return torch.fmax(torch.fmin(boxes, window[..., [2, 3, 2, 3]]), window[..., [0, 1, 0, 1]])
 
 
+def are_larger(boxes: Tensor, size: float | None) -> Tensor:
+    """Which boxes [N, 4] have sides above size, [N] bool; all if it is None."""
+    if size is None:
+        return torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
+    return (boxes[:, 2:] - boxes[:, :2] > size).all(dim=1)
+
+
 # --- Anchors -------------------------------------------------------------------------------------
 
 
@@ -345,18 +352,15 @@ def resize_image(
     Raises:
         ValueError: an unknown mode, or a dimension that the mode needs is missing.
     """
-    sides = {"none": 1, "square": max_dim, "pad64": 64, "crop": min_dim}
-    side = (min_dim and max_dim) if mode == "shortest_edge" else sides.get(mode)
+    if mode == "shortest_edge" and min_dim and max_dim:
+        scaled = scale_shortest_edge(image, min_dim, max_dim, interpolation, side_rounding)
+        return _pad_behind(image.shape, scaled, divisor, padding_value)
+    side = {"none": 1, "square": max_dim, "pad64": 64, "crop": min_dim}.get(mode)
     if not side:
         raise ValueError(
             "mode must be none, square with max_dim, pad64, crop with min_dim or shortest_edge "
             f"with both, got mode={mode!r}, min_dim={min_dim}, max_dim={max_dim}"
         )
-    if mode == "shortest_edge":
-        assert min_dim is not None
-        assert max_dim is not None
-        scaled = scale_shortest_edge(image, min_dim, max_dim, interpolation, side_rounding)
-        return _pad_behind(image.shape, scaled, divisor, padding_value)
     height, width = image.shape[:2]
     padding = [(0, 0), (0, 0), (0, 0)]
     if mode == "none":
@@ -429,7 +433,8 @@ def _pad_behind(
     padded = np.empty((*full, *scaled.shape[2:]), dtype=scaled.dtype)
     padded[:height, :width] = scaled
     if padded.size:
-        padded[height:], padded[:height, width:] = value or 0, value or 0
+        value = (0,) if value is None else value
+        padded[height:], padded[:height, width:] = value, value
     padding = [(0, full[0] - height), (0, full[1] - width), (0, 0)]
     scale = (height / shape[0], width / shape[1])
     return ResizedImage(padded, (0, 0, height, width), scale, padding, None)
@@ -626,7 +631,8 @@ def unmold_mask(mask: np.ndarray, bbox: Sequence[int], image_shape: Sequence[int
         [H, W] bool, True inside the box where the resized probability is at least 0.5.
     """
     full_mask = np.zeros(image_shape[:2], dtype=bool)
-    part, (y1, x1, y2, x2) = paste_mask(torch.from_numpy(np.array(mask)), bbox, image_shape)
+    box = [int(v) for v in bbox]
+    part, (y1, x1, y2, x2) = paste_mask(torch.from_numpy(np.array(mask)), box, image_shape)
     full_mask[y1:y2, x1:x2] = part.numpy()
     return full_mask
 

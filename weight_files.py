@@ -192,8 +192,9 @@ def backbone_of(state: Mapping[str, Tensor]) -> str | dict[str, Any] | None:
         return None
     sizes: dict[str, Any] = {"blocks": blocks_of(state), "width": stem.shape[0]}
     if inner is not None and inner.ndim == 4 and inner.shape[1]:
-        groups, width = inner.shape[0] // inner.shape[1], inner.shape[1]
-        if (groups, width) != (1, stem.shape[0]):
+        # As Config counts, for a first stage of 64 channels.
+        groups, width = inner.shape[0] // inner.shape[1], inner.shape[1] * 64 // stem.shape[0]
+        if (groups, width) != (1, 64):
             sizes |= {"groups": groups, "width_per_group": width}
     return next((name for name, known in RESNETS.items() if known == sizes), sizes)
 

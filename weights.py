@@ -209,7 +209,6 @@ def save_weights(
     """
     config = getattr(model, "config", None)
     values = plain(config.to_dict()) if config else {}
-    values |= plain(getattr(model, "backbone_options", {}))
     _save_checkpoint(model.state_dict(), values, path, training)
 
 
@@ -280,10 +279,15 @@ def read_options(path: str | Path | WeightFile) -> dict[str, Any]:
                     f"{printable(repr(config[name]))}; use another checkpoint"
                 )
         return config
-    missing = [part for part in SIZES if f"{part}.weight" not in state]
-    if missing:
+    if not is_whole(file):
+        missing = [part for part in SIZES if f"{part}.weight" not in state]
         raise ValueError(f"{file.path} must hold a whole model to detect with, lacks {missing}")
     return {**known, **config}
+
+
+def is_whole(file: WeightFile) -> bool:
+    """Whether a file holds a whole model, and not only a backbone."""
+    return all(f"{part}.weight" in file.state_dict for part in SIZES)
 
 
 def _sizes(option: Any) -> dict[str, Any] | None:
@@ -291,10 +295,10 @@ def _sizes(option: Any) -> dict[str, Any] | None:
     sizes = RESNETS.get(option) if isinstance(option, str) else option
     if not isinstance(sizes, dict):
         return None
-    blocks, width = sizes.get("blocks"), sizes.get("width")
+    blocks = sizes.get("blocks")
     return {
         "groups": 1,
-        "width_per_group": width,
+        "width_per_group": 64,
         **sizes,
         "blocks": tuple(blocks) if isinstance(blocks, list | tuple) else blocks,
     }

@@ -76,7 +76,10 @@ def read_images(args: argparse.Namespace) -> list[np.ndarray]:
     if not args.preset:
         return [reference_inputs.synthetic_image(1024, 1024)]
     if args.images:
-        return [utils.load_image(path) for path in sorted(args.images.glob("*.jpg"))]
+        paths = sorted(args.images.glob("*.jpg"))
+        if not paths:
+            raise SystemExit(f"--images must be a folder of .jpg files, got {args.images}")
+        return [utils.load_image(path) for path in paths]
     return [skimage.data.astronaut(), skimage.data.coffee(), skimage.data.chelsea()]
 
 
@@ -131,7 +134,7 @@ def stage_seconds(model: modellib.MaskRCNN, image: np.ndarray) -> dict[str, floa
     lap("resize")
     *features, p6 = model.fpn(model.normalize(images))
     lap("fpn")
-    _, proposals = model.propose([*features, p6], shape, windows)
+    rpn, proposals = model.propose([*features, p6], shape, windows)
     lap("proposals")
     logits, deltas = model.classifier(features, proposals, shape)
     probs = logits.softmax(dim=1)

@@ -2,9 +2,9 @@
 
     python benchmarks/roi_align.py --dataset data/nuclei [--steps 1000] [--seed 0] [--rule roi_align]
 
-The network and the training are those of samples/nuclei.py, but short. It learns from four fifths of
-the training images and is judged by the others, since what is chosen by the validation images cannot
-be judged by them. To compare in the same time, run both rules at once, with --threads 1.
+The network and the training are those of samples/nuclei.py, but short. It learns from four fifths
+of the training images and is judged by the others, since what is chosen by the validation images
+cannot be judged by them. To compare in the same time, run both rules at once, with --threads 1.
 """
 
 import argparse

@@ -19,7 +19,7 @@ import fused
 import model as modellib
 from fused import convolve, inference
 from model import MaskRCNN
-from presets import TORCHVISION_RESNET
+from presets import KERAS_RESNET, TORCHVISION_RESNET
 from winograd import is_compiled
 
 LAST = torch.channels_last
@@ -635,12 +635,12 @@ def test_statistics_and_eps_count(quick, calls):
             assert not equal(found, before) or norm in quick.classifier.children()
 
 
-@pytest.mark.parametrize("changed", [TORCHVISION_RESNET, {}])
-def test_set_backbone_is_followed(model, changed):
+@pytest.mark.parametrize("options", [TORCHVISION_RESNET, KERAS_RESNET])
+def test_set_backbone_is_followed(model, options):
     images = molded(model)
-    model.set_backbone({} if changed else TORCHVISION_RESNET)
+    model.set_backbone({"STRIDE_IN_1X1": not options["STRIDE_IN_1X1"], "BATCH_NORM_EPS": 0.01})
     before = predict(model, images)
-    model.set_backbone(changed)
+    model.set_backbone(options)
     found = predict(model, images)
     assert not same_prediction(found, before)
     assert same_prediction(found, predict(copy.deepcopy(model), images))
@@ -799,7 +799,7 @@ def statistics_of_the_batch(model):
 
 
 def swap_block(model):
-    model.fpn.C2[1] = modellib.Bottleneck(64, 16)
+    model.fpn.C2[1] = modellib.Bottleneck(64, 16, 64)
 
 
 def wrap_block(model):
@@ -941,7 +941,7 @@ def test_sums_are_made_in_place_only_where_nobody_sees_it(quick):
     assert not quick._keeps_to_itself()
     handle.remove()
     assert quick._keeps_to_itself()
-    block = modellib.Bottleneck(64, 16).eval()
+    block = modellib.Bottleneck(64, 16, 64).eval()
     x = torch.rand(1, 64, 8, 8).contiguous(memory_format=LAST)
     before = x.clone()
     with torch.no_grad():

@@ -426,7 +426,7 @@ def test_a_backbone_that_the_config_refuses_changes_nothing():
     model = MaskRCNN(TinyConfig(**options))
     with pytest.raises(ValueError, match="MEAN_PIXEL must have one number per channel"):
         model.set_backbone(TORCHVISION_RESNET)
-    assert model.backbone_options["STRIDE_IN_1X1"]
+    assert model.config.STRIDE_IN_1X1
     assert model.mean.flatten().tolist() == [1.0, 2.0, 3.0, 4.0]
     image = np.random.default_rng(0).integers(0, 256, (40, 50, 4), dtype=np.uint8)
     assert model.detect([image])[0]["masks"].shape[:2] == (40, 50)
@@ -460,9 +460,10 @@ def test_two_models_of_one_config_have_backbones_of_their_own(tmp_path):
     other.set_backbone(TORCHVISION_RESNET)
     weights.save_weights(plain, tmp_path / "plain.pth")
     weights.save_weights(other, tmp_path / "other.pth")
-    assert MaskRCNN.from_weights(tmp_path / "plain.pth").backbone_options["STRIDE_IN_1X1"]
-    found = MaskRCNN.from_weights(tmp_path / "other.pth").backbone_options
-    assert weights.plain(found) == weights.plain(TORCHVISION_RESNET)
+    assert MaskRCNN.from_weights(tmp_path / "plain.pth").config.STRIDE_IN_1X1
+    found = MaskRCNN.from_weights(tmp_path / "other.pth").config
+    for name, value in TORCHVISION_RESNET.items():
+        assert weights.plain(getattr(found, name)) == weights.plain(value)
 
 
 def test_double_and_half_precision(tiny):
