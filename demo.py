@@ -82,8 +82,7 @@ def draw_stages(
     molded, windows = model.mold_inputs([image])
     prediction = model.predict(molded, windows)
     result = modellib.unmold_detections(
-        prediction.detections,
-        prediction.mask_probs,
+        prediction,
         0,
         image.shape,
         windows[0],

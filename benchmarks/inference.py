@@ -143,7 +143,8 @@ def stage_seconds(model: modellib.MaskRCNN, image: np.ndarray) -> dict[str, floa
     rois = modellib.Rois(detections.boxes, detections.image_index)
     masks = model.mask(features, rois, detections.class_ids, shape).sigmoid()
     lap("masks")
-    modellib.unmold_detections(detections, masks, 0, image.shape, windows[0], "full", config)
+    prediction = modellib.Prediction(rpn, proposals, probs, deltas, detections, masks)
+    modellib.unmold_detections(prediction, 0, image.shape, windows[0], "full", config)
     lap("paste")
     return seconds
 

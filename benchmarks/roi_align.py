@@ -1,6 +1,6 @@
 """Which RoIAlign trains the better network of nuclei: crop_and_resize, or roi_align.
 
-    python benchmarks/roi_align.py --dataset data/nuclei [--steps 1000] [--seed 0] [--rule roi_align]
+    python benchmarks/roi_align.py --dataset data/nuclei [--steps 1000] [--rule roi_align]
 
 The network and the training are those of samples/nuclei.py, but short. It learns from four fifths
 of the training images and is judged by the others, since what is chosen by the validation images

@@ -210,8 +210,7 @@ def test_detections(network, runs, name):
     for image, key in enumerate(members(name)):
         shape = read(key.removeprefix("batch/")).shape
         found = modellib.unmold_detections(
-            prediction.detections,
-            prediction.mask_probs,
+            prediction,
             image,
             shape,
             windows[image],
