@@ -654,10 +654,11 @@ def test_thousands_of_files_of_chance(tmp_path):
     assert check_files_of_chance(tmp_path, 10_000, seed=1) > 2000
 
 
-def test_run_lengths_of_chance():
-    rng = random.Random(0)
+@pytest.mark.parametrize("count", [2000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_run_lengths_of_chance(count):
+    rng = random.Random(count)
     good = utils.rle_encode(square_mask())["counts"]
-    for _ in range(2000):
+    for _ in range(count):
         text = list(good)
         for _ in range(rng.randint(1, 4)):
             text[rng.randrange(len(text)) :][:1] = chr(rng.randrange(256))

@@ -32,6 +32,7 @@ BOUNDS = {
         "rpn_logits": (6.3e-6, 1.2e-4),
         "rpn_deltas": (7.0e-6, 1.9e-5),
         "roi_align_box": (2.5e-5, 1.5e-3),
+        "fc2": (3.1e-5, 9.1e-4),
         "class_logits": (3.3e-5, 5.4e-3),
         "box_deltas": (3.7e-5, 1.2e-3),
         "proposals": 9.6e-3,
@@ -46,6 +47,7 @@ BOUNDS = {
         "rpn_logits": (1.3e-5, 2.7e-4),
         "rpn_deltas": (1.2e-5, 4.2e-5),
         "roi_align_box": (4.8e-5, 6.2e-3),
+        "fc2": (5.9e-5, 3.9e-3),
         "class_logits": (6.4e-5, 2.3e-2),
         "box_deltas": (7.1e-5, 6.8e-3),
         "proposals": 1.8e-2,
@@ -195,11 +197,38 @@ def test_heads_on_the_proposals_of_detectron2(network, runs, name):
     shape, bounds = images.shape[2:], BOUNDS[config]
     crops = modellib.pyramid_roi_align(features, rois, 7, shape, model.config)
     assert_close(crops, golden, f"{name}/roi_align_box", bounds["roi_align_box"])
-    logits, deltas = model.classifier(features, rois, shape)
+    hidden = []
+    hook = model.classifier.linear_class.register_forward_pre_hook(
+        lambda module, inputs: hidden.append(inputs[0])
+    )
+    try:
+        logits, deltas = model.classifier(features, rois, shape)
+    finally:
+        hook.remove()
+    assert_close(hidden[0], golden, f"{name}/fc2", bounds["fc2"])
     logits = torch.cat([logits[:, 1:], logits[:, :1]], dim=1)
     assert_close(logits, golden, f"{name}/class_logits", bounds["class_logits"])
     deltas = deltas[:, 1:, [1, 0, 3, 2]].flatten(1)
     assert_close(deltas, golden, f"{name}/box_deltas", bounds["box_deltas"])
+
+
+@pytest.mark.parametrize("name", IMAGES)
+@torch.no_grad()
+def test_mask_head_on_the_boxes_of_detectron2(network, runs, name):
+    config, model, golden = network
+    images, _, _, maps = runs(name)
+    features = [maps[f"p{i}"] for i in (2, 3, 4, 5)]
+    keys = members(name)
+    boxes = [golden[f"{key}/raw_boxes"][:, [1, 0, 3, 2]] for key in keys]
+    index = torch.arange(len(boxes)).repeat_interleave(torch.tensor([len(x) for x in boxes]))
+    rois = Rois(torch.from_numpy(np.concatenate(boxes)), index)
+    shape, bounds = images.shape[2:], BOUNDS[config]
+    crops = modellib.pyramid_roi_align(features, rois, 14, shape, model.config)
+    assert_close(crops, golden, f"{name}/roi_align_mask", bounds["roi_align_box"])
+    class_ids = np.concatenate([golden[f"{key}/pred_classes"] for key in keys]).astype(int) + 1
+    probs = model.mask(features, rois, torch.from_numpy(class_ids), shape).sigmoid().numpy()
+    theirs = np.concatenate([golden[f"{key}/mask_probs_u8"] for key in keys]) / 255
+    assert np.abs(probs - theirs).max() <= bounds["masks"] + 0.5 / 255
 
 
 @pytest.mark.parametrize("name", IMAGES)

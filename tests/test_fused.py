@@ -19,7 +19,13 @@ import fused
 import model as modellib
 from fused import convolve, inference
 from model import MaskRCNN
-from presets import KERAS_RESNET, TORCHVISION_RESNET
+from presets import (
+    KERAS_RESNET,
+    TORCHVISION_RESNET,
+    Detectron2Config,
+    TorchvisionConfig,
+    TorchvisionV2Config,
+)
 from winograd import is_compiled
 
 LAST = torch.channels_last
@@ -176,6 +182,26 @@ def predict(model, images):
 ############################################################
 #  What it computes
 ############################################################
+
+
+@pytest.mark.parametrize("preset", [TorchvisionConfig, TorchvisionV2Config, Detectron2Config])
+def test_other_families_and_grouped_convolutions_take_the_fast_path(preset, monkeypatch):
+    sizes = {name: value for name, value in vars(TinyNetwork).items() if name.isupper()}
+    sizes |= {"TOP_DOWN_PYRAMID_SIZE": 64, "RPN_CHANNELS": 64, "NUM_CLASSES": 3}
+    sizes["BACKBONE"] = {"blocks": (1, 1, 1, 1), "width": 64, "groups": 32, "width_per_group": 4}
+    model = make_model(lambda: preset(**sizes))
+    assert model.fpn.C2[0].conv2.groups == 32
+    images, windows = model.mold_inputs([synthetic_image(100, 128)])
+    slow = []
+    original = fused._one_by_one
+    monkeypatch.setattr(fused, "_one_by_one", lambda *x: (slow.append(x[0]), original(*x))[1])
+    found = model.predict(images, windows)
+    # Small maps are not worth a transform; P2 and the ResNet always take the fast path.
+    resnet = {module for stage in model._stages() for module in stage.modules()}
+    assert not {*resnet, model.fpn.P2_conv1, *model.fpn.P2_conv2} & set(slow)
+    expected = make_twin(model).predict(images, windows)
+    torch.testing.assert_close(found.rpn, expected.rpn, rtol=1e-3, atol=1e-4)
+    assert len(found.proposals.boxes) == len(expected.proposals.boxes)
 
 
 @pytest.mark.parametrize("weights", ["random", "deterministic"])
