@@ -171,7 +171,8 @@ def least_score(config: Config) -> float:
     Those of each class are many, hence the 0.05 that the authors of such models evaluate with.
     """
     score = config.DETECTION_MIN_CONFIDENCE
-    return float(score) if config.DETECTION_PER_CLASS and score <= 0.05 else 0.0
+    per_class = getattr(config, "DETECTION_PER_CLASS", False)
+    return float(score) if per_class and score <= 0.05 else 0.0
 
 
 def evaluator(

@@ -42,6 +42,7 @@ ONLY_PARSED = {
     "test2017": "needs MS COCO",
     "--dataset DIR": "needs the photographs of BBBC038",
     "weights.py download": "needs the network",
+    "--model torchvision": "needs the network",
     "samples/shapes.py train": "takes an hour",
     "benchmarks/": "takes minutes",
 }
@@ -51,6 +52,7 @@ SMALLER = {
     r"--steps \d+": "--steps 2",
     r"(?m)(coco.py train --images photos .*--model coco)$": r"\1 --epochs 1 --steps 2",
     r"STEPS_PER_EPOCH = \d+": "STEPS_PER_EPOCH = 2",
+    r'from_weights\("torchvision_v2"': 'from_weights("shapes"',
     r"ShapesDataset\(\d+": "ShapesDataset(4",
     r"range\(10\)": "range(2)",
 }

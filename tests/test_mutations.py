@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from comparison import Case, build_model
 from torch import nn
 
+import detections
 import model as modellib
 import utils
 
@@ -44,13 +45,7 @@ def crops_of_bin_centres(patch, model):
 
 
 def levels_rounded_down(patch, model):
-    def change(align):
-        # floor(log2(x)) is round(log2(x / sqrt(2))).
-        return lambda features, rois, size, shape: align(
-            features, rois, size, [side / 2**0.5 for side in shape]
-        )
-
-    wrap(patch, modellib, "pyramid_roi_align", change)
+    patch.setattr(model.config, "ROI_LEVEL_OFFSET", 0.0)
 
 
 def anchors_half_a_pixel_off(patch, model):
@@ -72,21 +67,21 @@ def std_dev_of_the_rpn_swapped(patch, model):
 
 def deltas_of_x_and_y_swapped(patch, model):
     def change(apply):
-        return lambda boxes, deltas: apply(boxes, deltas[:, [1, 0, 3, 2]])
+        return lambda boxes, deltas, limit: apply(boxes, deltas[:, [1, 0, 3, 2]], limit)
 
     wrap(patch, utils, "apply_box_deltas", change)
 
 
 def proposals_not_clipped(patch, model):
-    def change(clip):
-        return lambda boxes, window: clip(boxes, window) if torch.is_tensor(window) else boxes
+    def change(clip):  # to a region of each image; detections, to a window of each box
+        return lambda boxes, window: boxes if window.dim() == 1 else clip(boxes, window)
 
     wrap(patch, utils, "clip_boxes", change)
 
 
 def detections_not_clipped(patch, model):
     def change(clip):
-        return lambda boxes, window: boxes if torch.is_tensor(window) else clip(boxes, window)
+        return lambda boxes, window: clip(boxes, window) if window.dim() == 1 else boxes
 
     wrap(patch, utils, "clip_boxes", change)
 
@@ -177,7 +172,7 @@ def nms_across_classes(patch, model):
     def change(nms):
         return lambda boxes, scores, group, *rest: nms(boxes, scores, 0 * group, *rest)
 
-    wrap(patch, modellib, "batched_nms", change)
+    wrap(patch, detections, "batched_nms", change)
 
 
 def deltas_of_the_next_class(patch, model):
