@@ -273,9 +273,15 @@ class Config:
         return _is_option(name) and hasattr(cls, name)
 
     @classmethod
+    def own_options(cls) -> dict[str, Any]:
+        """What a sub-class of Config sets itself."""
+        names = [name for base in cls.__mro__ if base not in Config.__mro__ for name in vars(base)]
+        return {name: getattr(cls, name) for name in names if cls.has_option(name)}
+
+    @classmethod
     def unset(cls, options: Mapping[str, Any]) -> dict[str, Any]:
         """Those of some options that exist, and that no sub-class of Config sets itself."""
-        own = {name for base in cls.__mro__ if base not in Config.__mro__ for name in vars(base)}
+        own = cls.own_options()
         return {n: v for n, v in options.items() if cls.has_option(n) and n not in own}
 
     # ------------------------------------------------------------------ derived values

@@ -6,10 +6,12 @@ Letters in shapes and frames of boxes are those of model.py.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import utils
+from boxed_masks import BoxedMasks
 from config import Config
 from nms import batched_nms
 
@@ -148,12 +150,14 @@ def unmold_detections(
         for row, (part, (y1, x1, y2, x2)) in zip(canvas, parts, strict=True):
             row[y1:y2, x1:x2] = part
         found = canvas.permute(1, 2, 0).cpu().numpy()  # [H, W, N]
+    elif masks == "rle":
+        found = [utils.rle_encode(part.cpu().numpy(), box, size) for part, box in parts]
     else:
+        # A part may be a pixel larger or smaller than its box.
+        boxed = (BoxedMasks(size, [(box, part.cpu().numpy())]) for part, box in parts)
         found = [
-            utils.rle_encode(part.cpu().numpy(), corners, size)
-            if masks == "rle"
-            else utils.crop_part(part.cpu().numpy(), corners, roi)
-            for (part, corners), roi in zip(parts, rois.tolist(), strict=True)
+            np.asarray(mask[y1:y2, x1:x2])[:, :, 0]
+            for mask, (y1, x1, y2, x2) in zip(boxed, rois.tolist(), strict=True)
         ]
     return {
         "rois": rois.cpu().numpy(),

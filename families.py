@@ -331,7 +331,7 @@ def convert(
     if kind == DETECTRON2_RESNET and author == "torchvision":  # its converter leaves the colours
         return state, dict(presets.TORCHVISION_RESNET)
     preset = presets.Detectron2X101Config if _is_resnext(state) else presets.Detectron2Config
-    options = presets.options_of(preset)
+    options = preset.own_options()
     mean, std = _numbers(state, "pixel_mean"), _numbers(state, "pixel_std")
     # BGR, unless the network was trained on RGB: natural light has more red than blue.
     bgr = not mean or mean[0] >= mean[-1]  # as _numbers turned it round
@@ -345,7 +345,7 @@ def convert(
     _arrange_heads(state)
     _background_first(state)
     if std and std != (1.0,) * len(std):  # that of the MSRA networks
-        options |= presets.options_of(presets.Detectron2X101Config)
+        options |= presets.Detectron2X101Config.own_options()
         options["STD_PIXEL"] = std
     elif std:
         options["STD_PIXEL"] = None
@@ -359,7 +359,7 @@ def convert(
 def _torchvision_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
     second = {"fpn.P2_bn1.weight", "classifier.convs.0.0.weight"} & state.keys()
     preset: type[Config] = presets.TorchvisionV2Config if second else presets.TorchvisionConfig
-    options = presets.options_of(preset)
+    options = preset.own_options()
     if len(state["classifier.linear_class.weight"]) == len(TORCHVISION_CLASS_NAMES):
         options["CLASS_NAMES"] = list(TORCHVISION_CLASS_NAMES)
     return options

@@ -72,6 +72,11 @@ class BatchNorm2d(nn.BatchNorm2d):
     _load_from_state_dict = nn.Module._load_from_state_dict
 
 
+def batch_norm(wanted: bool, channels: int, config: Config) -> BatchNorm2d | None:
+    """The BatchNorm of a layer of the pyramid or the heads, if they have one."""
+    return BatchNorm2d(channels, config.HEAD_BATCH_NORM_EPS) if wanted else None
+
+
 class Convolution(nn.Sequential):
     """A convolution and, if there is one, its BatchNorm, which may be kept elsewhere."""
 
@@ -187,8 +192,7 @@ class FPN(nn.Module):
         channels = config.TOP_DOWN_PYRAMID_SIZE
 
         def norm() -> BatchNorm2d | None:
-            eps = config.HEAD_BATCH_NORM_EPS
-            return BatchNorm2d(channels, eps) if config.FPN_BATCH_NORM else None
+            return batch_norm(config.FPN_BATCH_NORM, channels, config)
 
         def smooth() -> Convolution:
             # The port: a padding layer came first, hence the key P2_conv2.1.weight.
@@ -458,12 +462,6 @@ def dense(conv: nn.Conv2d, x: Tensor, norm: nn.Module | None) -> Tensor:
     return F.relu(x if norm is None else norm(x))
 
 
-def conv_norm(config: Config) -> list[BatchNorm2d]:
-    """The BatchNorm of a convolution of the heads, if they have one."""
-    channels, eps = config.TOP_DOWN_PYRAMID_SIZE, config.HEAD_BATCH_NORM_EPS
-    return [BatchNorm2d(channels, eps)] if config.HEAD_CONV_BATCH_NORM else []
-
-
 class Classifier(nn.Module):
     """Class scores and class-specific box deltas of rois.
 
@@ -474,19 +472,18 @@ class Classifier(nn.Module):
         super().__init__()
         self.config = config
         pyramid, channels = config.TOP_DOWN_PYRAMID_SIZE, config.FPN_CLASSIF_FC_LAYERS_SIZE
-        self.convs = nn.ModuleList(
-            Convolution(nn.Conv2d(pyramid, pyramid, 3, padding=1), *conv_norm(config))
-            for _ in range(config.CLASSIFIER_CONV_LAYERS)
-        )
-
-        def norm() -> BatchNorm2d | None:
-            eps = config.HEAD_BATCH_NORM_EPS
-            return BatchNorm2d(channels, eps) if config.HEAD_FC_BATCH_NORM else None
-
-        self.conv1, self.bn1 = nn.Conv2d(pyramid, channels, config.POOL_SIZE), norm()
+        self.convs = nn.ModuleList()
+        for _ in range(config.CLASSIFIER_CONV_LAYERS):
+            layers: list[Any] = [nn.Conv2d(pyramid, pyramid, 3, padding=1)]
+            layers += filter(None, [batch_norm(config.HEAD_CONV_BATCH_NORM, pyramid, config)])
+            self.convs.append(Convolution(*layers))
+        norm = config.HEAD_FC_BATCH_NORM
+        self.conv1 = nn.Conv2d(pyramid, channels, config.POOL_SIZE)
+        self.bn1 = batch_norm(norm, channels, config)
         self.conv2: nn.Conv2d | None = None
         if config.CLASSIFIER_FC_LAYERS == 2:
-            self.conv2, self.bn2 = nn.Conv2d(channels, channels, 1), norm()
+            self.conv2 = nn.Conv2d(channels, channels, 1)
+            self.bn2 = batch_norm(norm, channels, config)
         self.linear_class = nn.Linear(channels, config.NUM_CLASSES)
         self.linear_bbox = nn.Linear(channels, 4 * config.NUM_CLASSES)
 
@@ -513,8 +510,8 @@ class Mask(nn.Module):
         channels = config.TOP_DOWN_PYRAMID_SIZE
         for layer in range(1, 5):
             self.add_module(f"conv{layer}", nn.Conv2d(channels, channels, 3, padding=1))
-            for norm in conv_norm(config):
-                self.add_module(f"bn{layer}", norm)
+            norm = batch_norm(config.HEAD_CONV_BATCH_NORM, channels, config)
+            self.register_module(f"bn{layer}", norm)
         self.deconv = nn.ConvTranspose2d(channels, channels, 2, stride=2)
         self.conv5 = nn.Conv2d(channels, config.NUM_CLASSES, 1)
 

@@ -15,7 +15,6 @@ tests/test_presets.py.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from config import BACKBONE_OPTIONS, Config
 
@@ -165,12 +164,6 @@ class Detectron2X101Config(Detectron2Config):
     STD_PIXEL = (58.395, 57.12, 57.375)
     BACKBONE = "resnext101_32x8d"
     STRIDE_IN_1X1 = False
-
-
-def options_of(preset: type[Config]) -> dict[str, Any]:
-    """What a preset sets, by name."""
-    own = [name for base in preset.__mro__ if base not in Config.__mro__ for name in vars(base)]
-    return {name: getattr(preset, name) for name in own if Config.has_option(name)}
 
 
 # What ResNets alone need, pretrained on ImageNet: torchvision's, the MSRA ones that detectron2

@@ -606,19 +606,6 @@ def sample_mask(mask: Tensor, y: Tensor, x: Tensor) -> Tensor:
         return triangles(mask.shape[0], y) @ mask @ triangles(mask.shape[1], x).T
 
 
-def crop_part(part: np.ndarray, corners: Sequence[int], box: Sequence[int]) -> np.ndarray:
-    """What a box (y1, x1, y2, x2) shows of a mask that is set in corners only, where it is part."""
-    y1, x1, y2, x2 = box
-    crop = np.zeros((y2 - y1, x2 - x1), dtype=bool)
-    top, left = max(y1, corners[0]), max(x1, corners[1])
-    bottom, right = min(y2, corners[2]), min(x2, corners[3])
-    if top < bottom and left < right:
-        crop[top - y1 : bottom - y1, left - x1 : right - x1] = part[
-            top - corners[0] : bottom - corners[0], left - corners[1] : right - corners[1]
-        ]
-    return crop
-
-
 def unmold_mask(mask: np.ndarray, bbox: Sequence[int], image_shape: Sequence[int]) -> np.ndarray:
     """Puts one predicted mask into its box in the image.
 

@@ -67,7 +67,7 @@ def load(path, *shapes, **sizes):
 
 def assert_preset(options, preset, **others):
     """The options are those of the preset and no more, but for what shapes tell."""
-    expected = presets.options_of(preset) | others
+    expected = preset.own_options() | others
     told = {"TOP_DOWN_PYRAMID_SIZE": 256, "FPN_CLASSIF_FC_LAYERS_SIZE": 1024, "POOL_SIZE": 7}
     for name, value in options.items():
         default = getattr(Config, name)

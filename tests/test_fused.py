@@ -186,7 +186,7 @@ def predict(model, images):
 
 @pytest.mark.parametrize("preset", [TorchvisionConfig, TorchvisionV2Config, Detectron2Config])
 def test_other_families_and_grouped_convolutions_take_the_fast_path(preset, monkeypatch):
-    sizes = {name: value for name, value in vars(TinyNetwork).items() if name.isupper()}
+    sizes = TinyNetwork.own_options()
     sizes |= {"TOP_DOWN_PYRAMID_SIZE": 64, "RPN_CHANNELS": 64, "NUM_CLASSES": 3}
     sizes["BACKBONE"] = {"blocks": (1, 1, 1, 1), "width": 64, "groups": 32, "width_per_group": 4}
     model = make_model(lambda: preset(**sizes))

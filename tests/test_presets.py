@@ -18,6 +18,7 @@ import model as modellib
 import presets
 import utils
 import weights
+from boxed_masks import BoxedMasks
 from config import Config
 from dataset import collate
 from losses import rpn_class_loss
@@ -55,7 +56,7 @@ def test_matterports_preset_is_the_default():
 def test_each_preset_says_what_another_one_sets():
     """Else the table that they are would have holes where they differ."""
     families = (MatterportConfig, TorchvisionConfig, Detectron2Config)
-    values = {name: {} for preset in families for name in presets.options_of(preset)}
+    values = {name: {} for preset in families for name in preset.own_options()}
     for preset in families:
         for name in values:
             values[name][preset] = getattr(preset, name)
@@ -129,7 +130,8 @@ def test_part_of_a_mask_in_a_box():
     full[2:4, 3:6] = part
     for box in ((2, 3, 4, 6), (0, 0, 9, 9), (3, 4, 8, 5), (1, 5, 3, 9), (7, 7, 9, 9)):
         expected = full[box[0] : box[2], box[1] : box[3]]
-        np.testing.assert_array_equal(utils.crop_part(part, (2, 3, 4, 6), box), expected)
+        boxed = BoxedMasks((9, 9), [((2, 3, 4, 6), part)])
+        np.testing.assert_array_equal(boxed[box[0] : box[2], box[1] : box[3]], expected[:, :, None])
 
 
 @pytest.mark.parametrize(
@@ -252,8 +254,7 @@ def test_shapes_of_resnets_are_those_of_torchvision(name):
 # ------------------------------------------------------------------ training
 
 
-TINY = {name: value for name, value in vars(TinyNetwork).items() if name.isupper()}
-TINY["IMAGE_MAX_DIM"] = 192
+TINY = TinyNetwork.own_options() | {"IMAGE_MAX_DIM": 192}
 
 
 @pytest.mark.parametrize(
