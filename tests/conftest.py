@@ -2,6 +2,7 @@
 
 import functools
 import io
+import multiprocessing
 import os
 import zipfile
 from pathlib import Path
@@ -14,6 +15,13 @@ from tiny_weights import tiny
 from config import Config
 
 os.environ.setdefault("MPLBACKEND", "agg")
+
+# Starts processes by forking one that has imported these and done nothing: they take longer to
+# import than most such processes to do the rest.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["torch.utils.tensorboard", "pytest", "scipy.ndimage", "pycocotools.cocoeval"]
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"

@@ -319,7 +319,8 @@ def test_two_processes_share_the_images(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_process, (port, tmp_path), nprocs=2)
+    start = torch.multiprocessing.start_processes
+    start(_process, (port, tmp_path), nprocs=2, start_method="forkserver")  # see conftest.FORKS
     bbox, segm, results, images, batches = json.loads((tmp_path / "0.json").read_text())
     assert (images, len(batches)) == (1, 3 + 1)
     assert json.loads((tmp_path / "1.json").read_text()) == [1, 1]

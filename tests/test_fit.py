@@ -1,7 +1,6 @@
 """Runs of training: steps, resuming after a kill, two processes, logs. Losses: test_training.py.
 
-This file is also the script of the runs that are killed:
-    python tests/test_fit.py MODEL_DIR new|resume [EPOCHS]
+This file is also the script that torchrun runs: test_fit.py FOLDER.
 """
 
 import contextlib
@@ -13,15 +12,16 @@ import math
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
-import time
+import types
 from itertools import chain
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TinyNetwork
+from conftest import FORKS, ROOT, TinyNetwork
 from torch import nn
 
 import checkpoints
@@ -103,26 +103,77 @@ def states_equal(one, two):
 
 
 @pytest.fixture
-def no_pictures(monkeypatch):
-    monkeypatch.setattr(history.History, "_plot", lambda log: None)  # half of the time
+def pictures():
+    """Lets runs draw their curves of losses."""
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr(history.History, "_plot", lambda log: None)  # half of the time
 
 
 # --- Killed and resumed --------------------------------------------------------------------------
 
 
-def start(model_dir, *arguments):
-    command = [sys.executable, __file__, str(model_dir), *arguments]
-    return subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def run_alone(pipe, model_dir, resume, pause, errors):
+    """A run in a process of its own; before step `pause` it says so, and waits for an answer."""
+    sys.stderr = errors.open("w", buffering=1)
+    logging.basicConfig()
+    torch.set_num_threads(1)
+    history.History._plot = lambda log: None
+    model = make_model(model_dir)
+    if resume:
+        model.resume()
+    step = training.Trainer.step
+
+    def pausing_step(self, learning_rate):
+        if model.run.epoch * STEPS + model.run.step == pause:
+            pipe.send("paused")
+            pipe.recv()
+        return step(self, learning_rate)
+
+    training.Trainer.step = pausing_step
+    try:
+        train(model)
+    except KeyboardInterrupt as interrupt:
+        print(interrupt, file=sys.stderr)
+        sys.exit(130)
 
 
-def wait_for_step(process, model_dir, step):
-    """Waits until the process says that it has begun this step."""
-    for line in process.stdout:
-        if line.strip() == f"step {step}":
-            return
-    pytest.fail(f"the run ended before step {step}: {process.stderr.read()}")
+@pytest.fixture
+def start(tmp_path_factory):
+    """Starts a run in a process of its own, and waits until it pauses if it shall."""
+    processes = []
+
+    def start(model_dir, resume=False, pause=None):
+        pipe, other = FORKS.Pipe()
+        errors = tmp_path_factory.mktemp("errors") / "stderr.txt"
+        arguments = (other, model_dir, resume, pause, errors)
+        process = FORKS.Process(target=run_alone, args=arguments)
+        process.start()
+        other.close()  # so that the end of the process is the end of the pipe
+        processes.append(process)
+        if pause is not None:
+            try:
+                assert pipe.poll(300)
+                pipe.recv()
+            except EOFError:
+                pytest.fail(f"the run ended before step {pause}: {errors.read_text()}")
+
+        def finish():
+            """Lets it go on to its end; returns its exit status and what it wrote to stderr."""
+            if pause is not None:
+                pipe.send("go on")
+            process.join(300)
+            return process.exitcode, errors.read_text()
+
+        return types.SimpleNamespace(process=process, finish=finish)
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.join()
 
 
 def final_weights(model_dir):
@@ -133,9 +184,10 @@ def final_weights(model_dir):
 def uninterrupted(tmp_path_factory):
     """Weights of a run that nothing stopped, and the records of its epochs."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    process = start(folder, "new")
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+    process = FORKS.Process(target=run_alone, args=(None, folder, False, None, folder / "stderr"))
+    process.start()
+    process.join(300)
+    assert process.exitcode == 0, (folder / "stderr").read_text()
     checkpoint = checkpoints.find_checkpoints(folder, "tiny")[0]
     return final_weights(folder), history.read_history(checkpoint.parent)
 
@@ -145,18 +197,16 @@ def without_times(records):
 
 
 @pytest.mark.parametrize("step", [STEPS + 1, 2 * STEPS])
-def test_a_killed_run_resumes_to_the_same_bits(uninterrupted, tmp_path, step):
-    process = start(tmp_path, "new")
-    wait_for_step(process, tmp_path, step)
+def test_a_killed_run_resumes_to_the_same_bits(start, uninterrupted, tmp_path, step):
+    process = start(tmp_path, pause=step).process
     process.kill()
-    assert process.wait() == -signal.SIGKILL
-    process.communicate()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     before = checkpoints.find_checkpoints(tmp_path, "tiny")
     assert before
 
-    process = start(tmp_path, "resume")
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+    status, errors = start(tmp_path, resume=True).finish()
+    assert status == 0, errors
     folder = before[0].parent
     assert len(list(tmp_path.iterdir())) == 1, "the run goes on in its own folder"
     states_equal(final_weights(tmp_path), uninterrupted[0])
@@ -166,20 +216,18 @@ def test_a_killed_run_resumes_to_the_same_bits(uninterrupted, tmp_path, step):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_saves_amid_an_epoch_and_the_run_resumes_to_the_same_bits(
-    uninterrupted, tmp_path, number
+    start, uninterrupted, tmp_path, number
 ):
-    process = start(tmp_path, "new")
-    wait_for_step(process, tmp_path, STEPS + 1)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 130, errors
+    run = start(tmp_path, pause=STEPS + 1)
+    os.kill(run.process.pid, number)
+    status, errors = run.finish()
+    assert status == 130, errors
     last = checkpoints.find_checkpoints(tmp_path, "tiny")[0]
-    assert last.name.startswith("mask_rcnn_tiny_0001-00000")
+    assert last.name == "mask_rcnn_tiny_0001-000002.pth", "after the step that was interrupted"
     assert f"saved {last}" in errors
 
-    process = start(tmp_path, "resume")
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+    status, errors = start(tmp_path, resume=True).finish()
+    assert status == 0, errors
     states_equal(final_weights(tmp_path), uninterrupted[0])
     records = history.read_history(last.parent)
     assert without_times(records) == without_times(uninterrupted[1])
@@ -241,7 +289,7 @@ def test_a_full_disk_costs_no_checkpoint(tmp_path, caplog):
     assert checkpoints.find_checkpoints(tmp_path, "tiny")[0].name == "mask_rcnn_tiny_0003.pth"
 
 
-def test_a_run_that_cannot_be_saved_ends_early(tmp_path, no_pictures):
+def test_a_run_that_cannot_be_saved_ends_early(tmp_path):
     model = make_model(tmp_path, STEPS_PER_EPOCH=1)
     message = "the checkpoint .*_0001.pth could not be written: .*; make room and start anew"
     with full_disk(), pytest.raises(OSError, match=message):
@@ -411,7 +459,7 @@ def test_which_stages_a_run_is_past_and_which_it_continues():
 
 
 @pytest.mark.parametrize("second", [("all", 6), ("heads", 6)])
-def test_stages_that_are_over_stay_over(tmp_path, no_pictures, second):
+def test_stages_that_are_over_stay_over(tmp_path, second):
     stop = {"callbacks": [lambda record: True]}
     model = make_model(tmp_path, STEPS_PER_EPOCH=1)
     train(model, 4, layers="all", **stop)
@@ -427,7 +475,7 @@ def test_stages_that_are_over_stay_over(tmp_path, no_pictures, second):
     assert resumed.epoch == 4
 
 
-def test_a_stage_that_early_stopping_ended_stays_ended_when_resumed(tmp_path, no_pictures):
+def test_a_stage_that_early_stopping_ended_stays_ended_when_resumed(tmp_path):
     scores = iter([0.3, 0.2, 0.1])
     options = {"EARLY_STOPPING": 2, "STEPS_PER_EPOCH": 1, "VALIDATION_STEPS": 0}
     train(make_model(tmp_path, **options), 9, evaluate=lambda model: {"segm_AP": next(scores)})
@@ -441,15 +489,14 @@ def test_a_stage_that_early_stopping_ended_stays_ended_when_resumed(tmp_path, no
     assert resumed.epoch == 4
 
 
-def test_a_run_is_trained_by_one_process_at_a_time(tmp_path):
-    process = start(tmp_path, "new")
-    wait_for_step(process, tmp_path, STEPS + 1)
+def test_a_run_is_trained_by_one_process_at_a_time(start, tmp_path):
+    run = start(tmp_path, pause=STEPS + 1)
     model = make_model(tmp_path)
     path = model.resume()
     with pytest.raises(BlockingIOError, match=f"another process is training the run in {tmp_path}"):
         train(model)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+    status, errors = run.finish()
+    assert status == 0, errors
     # It has ended, and gone beyond the checkpoint that was loaded while it ran.
     with pytest.raises(BlockingIOError, match="has trained the run in .* since its checkpoint was"):
         train(model)
@@ -622,7 +669,7 @@ def test_accumulation_takes_the_mean_of_the_gradients():
 def test_gradients_do_not_depend_on_which_thread_comes_first():
     """Those of gathered rows would, where threads add to them as they come."""
     torch.manual_seed(0)
-    config = Config(TOP_DOWN_PYRAMID_SIZE=64, RPN_CHANNELS=64, NUM_CLASSES=3)
+    config = Config(TOP_DOWN_PYRAMID_SIZE=64, RPN_CHANNELS=64, NUM_CLASSES=3, MASK_POOL_SIZE=4)
     rpn = modellib.RPN(config)
     features = [torch.randn(1, 64, n, n, requires_grad=True) for n in (16, 8, 4, 2, 1)]
     anchors = torch.randint(3 * 341, (2048,))  # most pixels are in many of their patches
@@ -791,7 +838,7 @@ def test_bfloat16_trains(tmp_path):
 
 
 def two_processes(folder):
-    """One step in each of two processes; run by torchrun."""
+    """One step in each of two processes."""
     with distributed.join("cpu"):
         model = make_sure_model(seed=distributed.rank())  # the main process's weights count
         batch = batches_of(model.config, distributed.rank())
@@ -806,16 +853,39 @@ def two_processes(folder):
         torch.save((model.state_dict(), model.log_dir), f"{folder}/trained{distributed.rank()}.pt")
 
 
-def test_two_processes_do_what_one_does_with_both_images(tmp_path):
+def one_of_two(rank, port, folder):
+    """Does two_processes with the environment that torchrun gives to a process."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    history.History._plot = lambda log: None
+    two_processes(folder)
+
+
+def by_fork(folder):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(
+        one_of_two, (port, folder), nprocs=2, start_method="forkserver"
+    )
+
+
+def by_torchrun(folder):
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     run = subprocess.run(
-        [sys.executable, *command, __file__, str(tmp_path), "processes"],
+        [sys.executable, *command, __file__, str(folder)],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("start_two", [by_fork, pytest.param(by_torchrun, marks=pytest.mark.slow)])
+def test_two_processes_do_what_one_does_with_both_images(tmp_path, start_two):
+    start_two(tmp_path)
     model = make_sure_model()
     batch = batches_of(model.config, 0, 1)
     expected, _ = training.Trainer(model, model.config, iter([batch]), str).step(0.1)
@@ -843,7 +913,7 @@ def test_two_processes_do_what_one_does_with_both_images(tmp_path):
 # --- What a run leaves ---------------------------------------------------------------------------
 
 
-def test_a_run_leaves_checkpoints_history_pictures_and_events(tmp_path):
+def test_a_run_leaves_checkpoints_history_pictures_and_events(tmp_path, pictures):
     model = make_model(tmp_path, KEEP_CHECKPOINTS=2, EVALUATE_EVERY=2)
     scores = iter([0.3, 0.2, 0.1])
     seen = []
@@ -885,7 +955,7 @@ def test_a_stage_that_is_done_returns_at_once_and_the_next_goes_on(tmp_path):
     assert [record["epoch"] for record in history.read_history(folder)] == [1, 2]
 
 
-def test_early_stopping_and_callbacks_end_a_run(tmp_path, no_pictures):
+def test_early_stopping_and_callbacks_end_a_run(tmp_path):
     scores = iter([0.1, 0.3, 0.2, 0.3, 0.5])
     model = make_model(tmp_path, EARLY_STOPPING=2, STEPS_PER_EPOCH=1, VALIDATION_STEPS=0)
     train(model, epochs=9, evaluate=lambda model: {"segm_AP": next(scores)})
@@ -894,7 +964,7 @@ def test_early_stopping_and_callbacks_end_a_run(tmp_path, no_pictures):
     assert model.epoch == 5
 
 
-def test_early_stopping_waits_for_an_evaluation_and_for_its_stage(tmp_path, no_pictures):
+def test_early_stopping_waits_for_an_evaluation_and_for_its_stage(tmp_path):
     scores = iter([0.3, 0.2, 0.1, 0.1])
     options = {"EARLY_STOPPING": 1, "EVALUATE_EVERY": 2, "STEPS_PER_EPOCH": 1}
     model = make_model(tmp_path, **options)
@@ -907,7 +977,7 @@ def test_early_stopping_waits_for_an_evaluation_and_for_its_stage(tmp_path, no_p
     assert model.epoch == 8, "epoch 6 is the second of its stage"
 
 
-def test_without_validation_there_is_a_picture_and_nan_is_no_score(tmp_path):
+def test_without_validation_there_is_a_picture_and_nan_is_no_score(tmp_path, pictures):
     model = make_model(tmp_path, EARLY_STOPPING=1, STEPS_PER_EPOCH=1)
     evaluate = lambda model: {"segm_AP": math.nan, "bbox_AP": np.float32(0.5)}  # noqa: E731
     model.train_model(Squares(5), None, 0.02, 3, "all", evaluate=evaluate)
@@ -978,29 +1048,5 @@ def test_weights_of_the_original_resume_without_an_optimizer(tmp_path, caplog):
     assert [record["epoch"] for record in history.read_history(folder)] == [3]
 
 
-def main(model_dir, mode, epochs=str(EPOCHS)):
-    if mode == "processes":
-        return two_processes(model_dir)
-    model = make_model(model_dir)
-    if mode == "resume":
-        model.resume()
-    step = training.Trainer.step
-
-    def told_step(self, learning_rate):
-        print("step", model.run.epoch * STEPS + model.run.step, flush=True)
-        if mode == "new":
-            time.sleep(0.3)  # for the signal to come amid an epoch
-        return step(self, learning_rate)
-
-    training.Trainer.step = told_step
-    train(model, int(epochs))
-    return None
-
-
 if __name__ == "__main__":
-    logging.basicConfig()
-    try:
-        main(*sys.argv[1:])
-    except KeyboardInterrupt as interrupt:
-        print(interrupt, file=sys.stderr)
-        sys.exit(130)
+    two_processes(*sys.argv[1:])
