@@ -1,5 +1,5 @@
-"""Convolution of 3 x 3 with a quarter of the multiplications, for inference on the CPU."""
+"""Convolution of 3 x 3 with a quarter of the multiplications, on the CPU."""
 
-from winograd.ops import conv3x3, is_compiled, is_faster, transform_weight
+from winograd.ops import conv3x3, is_compiled, is_faster, transform_weight, weight_gradient
 
-__all__ = ["conv3x3", "is_compiled", "is_faster", "transform_weight"]
+__all__ = ["conv3x3", "is_compiled", "is_faster", "transform_weight", "weight_gradient"]

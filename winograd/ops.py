@@ -1,4 +1,4 @@
-"""The operators winograd::conv3x3 and winograd::transform_weight: schemas, plain torch, Python."""
+"""The operators of winograd: schemas, kernels in plain torch, and functions for Python."""
 
 import functools
 from collections.abc import Sequence
@@ -81,7 +81,7 @@ def conv3x3(
 
 
 def transform_weight(weight: Tensor) -> Tensor:
-    """The form of a weight that conv3x3 takes: made once, four times the memory.
+    """The form of a weight that conv3x3 takes: four times the memory.
 
     Args:
         weight: [K, C, 3, 3] float32; K and C are multiples of 16.
@@ -93,7 +93,28 @@ def transform_weight(weight: Tensor) -> Tensor:
         TypeError: weight is not float32.
         ValueError: the shape does not fit.
     """
+    _check_weight(weight)
     return torch.ops.winograd.transform_weight(weight)
+
+
+def weight_gradient(input: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient of the weight of F.conv2d(input, weight, padding=1), without one of its own.
+
+    The largest error is about 1e-6 of the largest output.
+
+    Args:
+        input: [B, C, H, W] float32; C is a multiple of 16; best channels_last.
+        gradient: [B, K, H, W] float32, of the output; K is a multiple of 16.
+
+    Returns:
+        [K, C, 3, 3] float32.
+
+    Raises:
+        TypeError: a tensor is not float32.
+        ValueError: the shapes do not fit.
+    """
+    _check_gradient(input, gradient)
+    return torch.ops.winograd.weight_gradient(input, gradient)
 
 
 def is_compiled() -> tuple[str, ...]:
@@ -143,6 +164,32 @@ def _check_shapes(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"conv3x3: bias must be [K] = [{outputs}], got {list(bias.shape)}")
 
 
+def _check_weight(weight: Tensor) -> None:
+    if weight.dtype != torch.float32:
+        raise TypeError(f"transform_weight: weight must be float32, got {weight.dtype}")
+    if weight.dim() != 4 or weight.shape[2:] != (3, 3) or any(n % 16 for n in weight.shape[:2]):
+        raise ValueError(
+            "transform_weight: weight must be [K, C, 3, 3] with multiples of 16 for K and C, got "
+            f"shape {tuple(weight.shape)}; use F.conv2d for others"
+        )
+
+
+def _check_gradient(input: Tensor, gradient: Tensor) -> None:
+    for name, tensor in {"input": input, "gradient": gradient}.items():
+        if tensor.dtype != torch.float32:
+            raise TypeError(f"weight_gradient: {name} must be float32, got {tensor.dtype}")
+        if tensor.dim() != 4 or tensor.shape[1] % 16:
+            raise ValueError(
+                f"weight_gradient: {name} must be [B, C, H, W] with a multiple of 16 for C, got"
+                f" shape {tuple(tensor.shape)}"
+            )
+    if input.shape[0] != gradient.shape[0] or input.shape[2:] != gradient.shape[2:]:
+        raise ValueError(
+            "weight_gradient: input and gradient must have the same images, got shapes"
+            f" {tuple(input.shape)} and {tuple(gradient.shape)}"
+        )
+
+
 def _empty(input: Tensor, weight: Tensor) -> Tensor:
     batch, _, height, width = input.shape
     return torch.empty(
@@ -161,10 +208,7 @@ def _conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> 
     if output.numel() == 0:
         return output
     height, width = input.shape[2:]
-    # Tiles start every four pixels; the last ones may hang over the edge.
-    input = F.pad(input, (1, 1 + -width % 4, 1, 1 + -height % 4))
-    tiles = input.unfold(2, 6, 4).unfold(3, 6, 4)  # [B, C, rows, columns, 6, 6]
-    tiles = _transform(_B, _transform(_B, tiles.permute(4, 5, 0, 2, 3, 1)), dim=1)
+    tiles = _transform_tiles(input)
     products = tiles.flatten(0, 1).flatten(1, 3) @ weight.transpose(1, 2).flatten(2)
     products = products.view(*tiles.shape[:-1], -1)
     result = _transform(_A, _transform(_A, products), dim=1)  # [4, 4, B, rows, columns, K]
@@ -173,6 +217,15 @@ def _conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> 
     if bias is not None:
         result = result + bias.view(-1, 1, 1)
     return output.copy_(result.relu() if relu else result)
+
+
+def _transform_tiles(input: Tensor) -> Tensor:
+    """The points of the 6 x 6 inputs of each tile, [6, 6, B, rows, columns, C]."""
+    # Tiles start every four pixels; the last ones may hang over the edge.
+    height, width = input.shape[2:]
+    input = F.pad(input, (1, 1 + -width % 4, 1, 1 + -height % 4))
+    tiles = input.unfold(2, 6, 4).unfold(3, 6, 4)  # [B, C, rows, columns, 6, 6]
+    return _transform(_B, _transform(_B, tiles.permute(4, 5, 0, 2, 3, 1)), dim=1)
 
 
 def _transform(matrix: list[list[float]], values: Tensor, dim: int = 0) -> Tensor:
@@ -189,17 +242,28 @@ def _transform(matrix: list[list[float]], values: Tensor, dim: int = 0) -> Tenso
 
 
 def _transform_weight(weight: Tensor) -> Tensor:
-    if weight.dtype != torch.float32:
-        raise TypeError(f"transform_weight: weight must be float32, got {weight.dtype}")
-    if weight.dim() != 4 or weight.shape[2:] != (3, 3) or any(n % 16 for n in weight.shape[:2]):
-        raise ValueError(
-            "transform_weight: weight must be [K, C, 3, 3] with multiples of 16 for K and C, got "
-            f"shape {tuple(weight.shape)}; use F.conv2d for others"
-        )
+    _check_weight(weight)
     outputs, channels = weight.shape[:2]
     g = torch.tensor(_G, dtype=torch.float64, device=weight.device)
-    transformed = torch.einsum("pi,qj,kcij->pqkc", g, g, weight.double()).float()
-    return transformed.reshape(36, outputs // 16, 16, channels).transpose(2, 3).contiguous()
+    # One product of matrices, [36, 9] @ [9, K * C].
+    transformed = torch.kron(g, g) @ weight.double().reshape(-1, 9).T
+    transformed = transformed.float().view(36, outputs // 16, 16, channels)
+    return transformed.transpose(2, 3).contiguous()
+
+
+def _weight_gradient(input: Tensor, gradient: Tensor) -> Tensor:
+    _check_gradient(input, gradient)
+    outputs, channels = gradient.shape[1], input.shape[1]
+    if input.numel() == 0:
+        return input.new_zeros(outputs, channels, 3, 3)
+    height, width = input.shape[2:]
+    factors = F.pad(gradient, (0, -width % 4, 0, -height % 4)).unfold(2, 4, 4).unfold(3, 4, 4)
+    turned = [list(column) for column in zip(*_A, strict=True)]
+    factors = _transform(turned, _transform(turned, factors.permute(4, 5, 0, 2, 3, 1)), dim=1)
+    factors, tiles = (x.flatten(0, 1).flatten(1, 3) for x in (factors, _transform_tiles(input)))
+    products = (factors.transpose(1, 2) @ tiles).unflatten(0, (6, 6))  # [6, 6, K, C]
+    turned = [list(column) for column in zip(*_G, strict=True)]
+    return _transform(turned, _transform(turned, products), dim=1).permute(2, 3, 0, 1).contiguous()
 
 
 def _fake(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
@@ -212,6 +276,16 @@ def _transform_fake(weight: Tensor) -> Tensor:
     return weight.new_empty(36, outputs // 16, channels, 16)
 
 
+def _autocast_gradient(input: Tensor, gradient: Tensor) -> Tensor:
+    with torch.autocast(input.device.type, enabled=False):
+        return torch.ops.winograd.weight_gradient(input.float(), gradient.float())
+
+
+def _gradient_fake(input: Tensor, gradient: Tensor) -> Tensor:
+    _check_gradient(input, gradient)
+    return input.new_empty(gradient.shape[1], input.shape[1], 3, 3)
+
+
 def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     """Under autocast half precision becomes float32."""
     with torch.autocast(input.device.type, enabled=False):
@@ -222,10 +296,15 @@ def _autocast(input: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) ->
 _library = torch.library.Library("winograd", "FRAGMENT")
 _library.define("conv3x3(Tensor input, Tensor weight, Tensor? bias, bool relu) -> Tensor")
 _library.define("transform_weight(Tensor weight) -> Tensor")
+_library.define("weight_gradient(Tensor input, Tensor gradient) -> Tensor")
 _library.impl("conv3x3", _conv3x3, "CompositeExplicitAutograd")
 _library.impl("transform_weight", _transform_weight, "CompositeExplicitAutograd")
+_library.impl("weight_gradient", _weight_gradient, "CompositeExplicitAutograd")
 _library.impl("conv3x3", _autocast, "AutocastCPU")
 _library.impl("conv3x3", _autocast, "AutocastCUDA")
+_library.impl("weight_gradient", _autocast_gradient, "AutocastCPU")
+_library.impl("weight_gradient", _autocast_gradient, "AutocastCUDA")
 torch.library.register_fake("winograd::conv3x3", _fake)
 torch.library.register_fake("winograd::transform_weight", _transform_fake)
+torch.library.register_fake("winograd::weight_gradient", _gradient_fake)
 load_kernels(__file__)

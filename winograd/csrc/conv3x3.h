@@ -16,7 +16,7 @@
 
 namespace winograd {
 
-constexpr int64_t kPanel = 16, kPoints = 36;
+constexpr int64_t kPanel = 16, kPoints = 36, kChunk = 32;
 
 struct Convolution {
   const float* input;    // [images, height, width, channels]
@@ -77,6 +77,20 @@ INLINE void transform_output(const V (&m)[6], V (&y)[4]) {
   y[3] = m[5] + .5f * a * odd + 2.f * b * odd_b;
 }
 
+// The transpose of transform_output.
+template <class V>
+INLINE void transform_gradient(const V (&y)[4], V (&m)[6]) {
+  constexpr float a = 0.70710678118654752f, b = 1.41421356237309505f;
+  const V even = y[0] + .5f * y[2], odd = a * y[1] + .5f * a * y[3];
+  const V even_b = y[0] + 2.f * y[2], odd_b = b * y[1] + 2.f * b * y[3];
+  m[0] = y[0];
+  m[1] = even + odd;
+  m[2] = even - odd;
+  m[3] = even_b + odd_b;
+  m[4] = even_b - odd_b;
+  m[5] = y[3];
+}
+
 struct Strip {
   int64_t start, tiles;
 };
@@ -92,38 +106,94 @@ struct Strips {
   }
 };
 
+// Where the Size x Size pixels from (top, left) on are, and zeros outside of the image.
+template <int Size>
+INLINE void find_pixels(const Convolution& conv, const float* input, int64_t channels,
+                        const Tile& tile, int64_t top, int64_t left,
+                        const float* (&pixels)[Size][Size]) {
+  for (int i = 0; i < Size; ++i) {
+    for (int j = 0; j < Size; ++j) {
+      const int64_t y = top + i, x = left + j;
+      const bool inside = y >= 0 && y < conv.height && x >= 0 && x < conv.width;
+      const int64_t pixel = (tile.image * conv.height + y) * conv.width + x;
+      pixels[i][j] = inside ? input + pixel * channels : conv.padding;
+    }
+  }
+}
+
+// The 6 x 6 points of Width channels from c on, `step` floats apart.
+template <int Width>
+INLINE void transform_tile(const float* const (&pixels)[6][6], int64_t c, int64_t channels,
+                           float* target, int64_t step) {
+  using V = typename Vector<Width>::Type;
+  V rows[6][6];
+  for (int i = 0; i < 6; ++i) {
+    V d[6];
+    for (int j = 0; j < 6; ++j) d[j] = *reinterpret_cast<const V*>(pixels[i][j] + c);
+    // The columns that the tile to the right adds.
+    for (int j = 2; j < 6; ++j) __builtin_prefetch(pixels[i][j] + c + 4 * channels);
+    transform_input(d, rows[i]);
+  }
+  for (int j = 0; j < 6; ++j) {
+    const V d[6] = {rows[0][j], rows[1][j], rows[2][j], rows[3][j], rows[4][j], rows[5][j]};
+    V v[6];
+    transform_input(d, v);
+    for (int i = 0; i < 6; ++i) *reinterpret_cast<V*>(target + (6 * i + j) * step) = v[i];
+  }
+}
+
+// The transpose of transform_outputs: 6 x 6 points of a tile of 4 x 4 gradients.
+template <int Width>
+INLINE void transform_gradient_tile(const float* const (&pixels)[4][4], int64_t c, float* target,
+                                    int64_t step) {
+  using V = typename Vector<Width>::Type;
+  V rows[4][6];
+  for (int i = 0; i < 4; ++i) {
+    V y[4];
+    for (int j = 0; j < 4; ++j) y[j] = *reinterpret_cast<const V*>(pixels[i][j] + c);
+    transform_gradient(y, rows[i]);
+  }
+  for (int j = 0; j < 6; ++j) {
+    const V y[4] = {rows[0][j], rows[1][j], rows[2][j], rows[3][j]};
+    V m[6];
+    transform_gradient(y, m);
+    for (int i = 0; i < 6; ++i) *reinterpret_cast<V*>(target + (6 * i + j) * step) = m[i];
+  }
+}
+
 template <int Width>
 INLINE void transform_inputs(const Convolution& conv, const Block& block, Strip strip) {
-  using V = typename Vector<Width>::Type;
   const int64_t step = strip.tiles * kPanel;
   float* strip_input = block.input + strip.start * kPoints * conv.channels;
   for (int64_t t = 0; t < strip.tiles; ++t) {
     const Tile tile = find_tile(conv, block.first_tile + strip.start + t);
     const float* pixels[6][6];
-    for (int i = 0; i < 6; ++i) {
-      for (int j = 0; j < 6; ++j) {
-        const int64_t y = tile.top + i - 1, x = tile.left + j - 1;
-        const bool inside = y >= 0 && y < conv.height && x >= 0 && x < conv.width;
-        const int64_t pixel = (tile.image * conv.height + y) * conv.width + x;
-        pixels[i][j] = inside ? conv.input + pixel * conv.channels : conv.padding;
-      }
-    }
+    find_pixels(conv, conv.input, conv.channels, tile, tile.top - 1, tile.left - 1, pixels);
     for (int64_t c = 0; c < conv.channels; c += Width) {
-      V rows[6][6];
-      for (int i = 0; i < 6; ++i) {
-        V d[6];
-        for (int j = 0; j < 6; ++j) d[j] = *reinterpret_cast<const V*>(pixels[i][j] + c);
-        // The columns that the tile to the right adds.
-        for (int j = 2; j < 6; ++j) __builtin_prefetch(pixels[i][j] + c + 4 * conv.channels);
-        transform_input(d, rows[i]);
-      }
       float* target = strip_input + (c / kPanel * kPoints * strip.tiles + t) * kPanel + c % kPanel;
-      for (int j = 0; j < 6; ++j) {
-        const V d[6] = {rows[0][j], rows[1][j], rows[2][j], rows[3][j], rows[4][j], rows[5][j]};
-        V v[6];
-        transform_input(d, v);
-        for (int i = 0; i < 6; ++i) *reinterpret_cast<V*>(target + (6 * i + j) * step) = v[i];
-      }
+      transform_tile<Width>(pixels, c, conv.channels, target, step);
+    }
+  }
+}
+
+// Of a block's tiles the inputs, [36, tiles, channels], and the gradients of the outputs,
+// [36, tiles, outputs], from `tile` to `tile_end`, counted in the block.
+template <int Width>
+INLINE void transform_for_weight(const Convolution& conv, const float* gradient, const Block& block,
+                                 int64_t tile, int64_t tile_end) {
+  const int64_t outputs = conv.output_panels * kPanel;
+  for (int64_t t = tile; t < tile_end; ++t) {
+    const Tile place = find_tile(conv, block.first_tile + t);
+    const float *pixels[6][6], *gradients[4][4];
+    find_pixels(conv, conv.input, conv.channels, place, place.top - 1, place.left - 1, pixels);
+    find_pixels(conv, gradient, outputs, place, place.top, place.left, gradients);
+    for (int64_t c = 0; c < conv.channels; c += Width) {
+      transform_tile<Width>(pixels, c, conv.channels, block.input + t * conv.channels + c,
+                            block.tiles * conv.channels);
+    }
+    for (int64_t k = 0; k < outputs; k += Width) {
+      transform_gradient_tile<Width>(gradients, k, block.output + t * outputs + k,
+                                     block.tiles * outputs);
     }
   }
 }
@@ -166,7 +236,9 @@ INLINE void transform_outputs(const Convolution& conv, const Block& block, Strip
   }
 }
 
-// Rows x (Panels * 16) sums over all input channels, in registers, at one point of a strip.
+// Rows x (Panels * 16) sums over all input channels at one point of a strip, kChunk channels at a
+// time in registers. Most of the error of a sum in one go comes from adding to what is large already:
+// over 256 channels it is four fifths of the error of a convolution.
 // input: [Rows, 16] of the first panel. weight: Panels of [channels, 16]. output: as input.
 // For each panel of inputs, `lines` cache lines from `next` on are fetched for later.
 template <int Width, int Rows, int Panels>
@@ -175,31 +247,35 @@ INLINE void multiply_rows(const float* input, const float* weight, const float* 
   using V = typename Vector<Width>::Type;
   constexpr int kParts = kPanel / Width, kVectors = Panels * kParts;
   constexpr int64_t kStep = kPoints * Rows * kPanel;
-  V sums[Rows][kVectors] = {};
-  for (int64_t panel = 0; panel < channels; panel += kPanel) {
-    for (int64_t line = 0; line < lines; ++line, next += kPanel) __builtin_prefetch(next, 0, 2);
-    for (int c = 0; c < kPanel; ++c) {
-      V w[kVectors];
+  for (int64_t start = 0; start < channels; start += kChunk) {
+    const int64_t end = std::min(start + kChunk, channels);
+    V sums[Rows][kVectors] = {};
+    for (int64_t panel = start; panel < end; panel += kPanel) {
+      for (int64_t line = 0; line < lines; ++line, next += kPanel) __builtin_prefetch(next, 0, 2);
+      for (int c = 0; c < kPanel; ++c) {
+        V w[kVectors];
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) {
+          w[v] = *reinterpret_cast<const V*>(weight + v / kParts * channels * kPanel +
+                                             v % kParts * Width);
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 16
+          for (int v = 0; v < kVectors; ++v) sums[r][v] += input[r * kPanel + c] * w[v];
+        }
+        weight += kPanel;
+      }
+      input += kStep;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v) {
-        w[v] = *reinterpret_cast<const V*>(weight + v / kParts * channels * kPanel +
-                                           v % kParts * Width);
+        V* target = reinterpret_cast<V*>(output + v / kParts * kStep + r * kPanel +
+                                         v % kParts * Width);
+        *target = start == 0 ? sums[r][v] : *target + sums[r][v];
       }
-#pragma GCC unroll 16
-      for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 16
-        for (int v = 0; v < kVectors; ++v) sums[r][v] += input[r * kPanel + c] * w[v];
-      }
-      weight += kPanel;
-    }
-    input += kStep;
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) {
-      *reinterpret_cast<V*>(output + v / kParts * kStep + r * kPanel + v % kParts * Width) =
-          sums[r][v];
     }
   }
 }
