@@ -172,10 +172,16 @@ class Config:
     # torchvision's, with a border of a mask pixel around it and corners cut to whole pixels;
     # "sampled", detectron2's, read at the centre of each pixel of the image.
     MASK_PASTE: str = "rounded"
-    # True: detection in float32 on a CPU folds BatchNorm into the convolutions, and computes those
-    # of 3 x 3 after the ResNet with a quarter of the multiplications; the largest difference of a
-    # layer is about 3e-6 of its largest output. False: as in training.
+    # True: in float32 on a CPU, BatchNorm that does not learn is folded into the convolutions, and
+    # those of 3 x 3 are computed with a quarter of the multiplications; the largest difference of
+    # a layer is about 2e-6 of its largest output. False: in plain torch, which second derivatives,
+    # torch.func and activation checkpointing need.
     CPU_WINOGRAD: bool = True
+    # In what detection computes: "float32", or "bfloat16" whatever CPU_WINOGRAD is, which rounds to
+    # 3 digits and is for processors that have it (AVX512-BF16 or AMX), an error on others. Boxes,
+    # scores and masks are float32. CUDA also has "float16".
+    CPU_PRECISION: str = "float32"
+    CUDA_PRECISION: str = "float32"
 
     # ---------------------------------------------------------------- training
     # Steps, that is changes of the weights, from one checkpoint to the next. This need not be the
@@ -589,6 +595,12 @@ RULES = (
     Rule("LR_SCHEDULE", "'constant', 'cosine' or 'step'", _one_of("constant", "cosine", "step")),
     Rule("LR_STEPS", "numbers between 0 and 1", lambda v: all(0 < n < 1 for n in v)),
     Rule("AMP", "'bf16', 'fp16' or None", _one_of("bf16", "fp16", None)),
+    Rule("CPU_PRECISION", "'float32' or 'bfloat16'", _one_of("float32", "bfloat16")),
+    Rule(
+        "CUDA_PRECISION",
+        "'float32', 'bfloat16' or 'float16'",
+        _one_of("float32", "bfloat16", "float16"),
+    ),
     Rule("IMAGE_SIZE_DIVISOR", "32 or 64", _one_of(32, 64)),
     Rule("IMAGE_INTERPOLATION", "'pillow' or 'float'", _one_of("pillow", "float")),
     Rule("IMAGE_SIDE_ROUNDING", "'nearest' or 'floor'", _one_of("nearest", "floor")),

@@ -146,10 +146,10 @@ def unmold_detections(
     )
     found: Any
     if masks == "full":
-        canvas = torch.zeros(len(boxes), *size, dtype=torch.bool, device=boxes.device)
+        canvas = np.zeros((len(boxes), *size), dtype=bool)
         for row, (part, (y1, x1, y2, x2)) in zip(canvas, parts, strict=True):
-            row[y1:y2, x1:x2] = part
-        found = canvas.permute(1, 2, 0).cpu().numpy()  # [H, W, N]
+            row[y1:y2, x1:x2] = part.cpu().numpy()
+        found = canvas.transpose(1, 2, 0)  # [H, W, N]
     elif masks == "rle":
         found = [utils.rle_encode(part.cpu().numpy(), box, size) for part, box in parts]
     else:

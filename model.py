@@ -40,7 +40,7 @@ from augmentation import Augmentation
 from config import BACKBONE_OPTIONS, RESNETS, Config
 from dataset import check_batch
 from detections import Prediction, Rois, RPNOutput, refine_detections, unmold_detections
-from fused import convolve
+from fused import convolve, deconvolve, dense
 from losses import (
     mrcnn_bbox_loss,
     mrcnn_class_loss,
@@ -110,8 +110,19 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
         x = convolve(self.conv1, x, self.bn1, relu=True)
-        x = convolve(self.conv2, x, self.bn2, relu=True, winograd=False)
+        x = convolve(self.conv2, x, self.bn2, relu=True)
         return convolve(self.conv3, x, self.bn3, relu=True, add=shortcut)
+
+
+class Stem(nn.Sequential):
+    """7 x 7 convolution, BatchNorm, ReLU and pooling."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        modules: list[Any] = list(self)
+        if len(modules) != 4 or type(modules[2]) is not nn.ReLU or fused.is_watched(modules[2]):
+            return super().forward(x)  # somebody changed or watches it
+        conv, norm, _, pool = modules
+        return pool(convolve(conv, x, norm, relu=True))
 
 
 class StemPool(nn.MaxPool2d):
@@ -138,7 +149,7 @@ def resnet(
         Five modules, to be applied one after the other, of stride 4, 1, 2, 2 and 2.
     """
     stages: list[nn.Module] = [
-        nn.Sequential(
+        Stem(
             nn.Conv2d(in_channels, width, 7, stride=2, padding=3),
             BatchNorm2d(width),
             nn.ReLU(inplace=True),
@@ -222,10 +233,15 @@ class FPN(nn.Module):
 
     def bottom_up(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """C2..C5 of images [B, C, H, W], which are normalised (see MaskRCNN.normalize)."""
-        c2 = self.C2(self.C1(images))
-        c3 = self.C3(c2)
-        c4 = self.C4(c3)
-        return c2, c3, c4, self.C5(c4)
+        x, maps = images, []
+        for stage in (self.C1, self.C2, self.C3, self.C4, self.C5):
+            # Below the first stage that learns, all run as in detection, without a graph.
+            learns = x.requires_grad or any(p.requires_grad for p in stage.parameters())
+            with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+                x = stage(x)
+            maps.append(x)
+        _, c2, c3, c4, c5 = maps
+        return c2, c3, c4, c5
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """P2..P6 of normalised images [B, C, H, W], whose sides are multiples of 32."""
@@ -275,8 +291,8 @@ class RPN(nn.Module):
         for conv in self.shared():
             x = convolve(conv, x if conv.stride == (1, 1) else same_pad(x, conv), relu=True)
         batch, anchors = x.shape[0], self.anchors_per_cell
-        logits = convolve(self.conv_class, x).permute(0, 2, 3, 1)
-        deltas = convolve(self.conv_bbox, x).permute(0, 2, 3, 1)
+        logits = convolve(self.conv_class, x, exact=True).permute(0, 2, 3, 1)
+        deltas = convolve(self.conv_bbox, x, exact=True).permute(0, 2, 3, 1)
         return RPNOutput(
             logits.reshape(batch, -1, self.conv_class.out_channels // anchors),
             deltas.reshape(batch, -1, 4),
@@ -297,7 +313,7 @@ class RPN(nn.Module):
         """
         *hidden, conv = self.shared()
         for layer in hidden:
-            features = [F.relu(layer(feature)) for feature in features]
+            features = [convolve(layer, feature, relu=True) for feature in features]
         ratios = self.anchors_per_cell
         logits = self.conv_class.out_channels // ratios
         ratio, cells = anchor_index % ratios, anchor_index // ratios
@@ -453,15 +469,6 @@ def pyramid_roi_align(
 ############################################################
 
 
-def dense(conv: nn.Conv2d, x: Tensor, norm: nn.Module | None) -> Tensor:
-    """ReLU, after BatchNorm if there is one, of a convolution whose kernel covers all of x.
-
-    Computed as the matrix product it is, of x [R, C, P, P].
-    """
-    x = F.linear(x.flatten(1), conv.weight.flatten(1), conv.bias)[:, :, None, None]
-    return F.relu(x if norm is None else norm(x))
-
-
 class Classifier(nn.Module):
     """Class scores and class-specific box deltas of rois.
 
@@ -497,8 +504,9 @@ class Classifier(nn.Module):
         x = dense(self.conv1, x, self.bn1)
         if self.conv2 is not None:
             x = dense(self.conv2, x, self.bn2)
-        x = x.flatten(1)  # [R, C]
-        return self.linear_class(x), self.linear_bbox(x).unflatten(1, (-1, 4))
+        x = x.flatten(1).to(self.linear_class.weight.dtype)  # [R, C]
+        with torch.autocast(x.device.type, enabled=False):  # 16 bits are too few for results
+            return self.linear_class(x), self.linear_bbox(x).unflatten(1, (-1, 4))
 
 
 class Mask(nn.Module):
@@ -523,16 +531,12 @@ class Mask(nn.Module):
         layers: Any = dict(self.named_children())
         for layer in range(1, 5):
             x = convolve(layers[f"conv{layer}"], x, layers.get(f"bn{layer}"), relu=True)
-        # deconv as the matrix product it is, since each output sees one input.
-        assert self.deconv.bias is not None
-        weight = self.deconv.weight.permute(2, 3, 1, 0).flatten(0, 2)  # [2 * 2 * C, C]
-        x = F.linear(x.permute(0, 2, 3, 1), weight, self.deconv.bias.repeat(4))
-        x = F.relu(x, inplace=True).unflatten(3, (4, -1))  # [R, P, P, 2 * 2, C]
+        x = deconvolve(self.deconv, x).to(self.conv5.weight.dtype)  # [R, P, P, 2, 2, C]
         # conv5 for the wanted class of each roi only, one of K.
         # Not weight[class_ids]: the gradient of that depends on which thread comes first.
         weight = self.conv5.weight.flatten(1).index_select(0, class_ids)  # [R, C]
         assert self.conv5.bias is not None
-        logits = (x.flatten(1, 3) @ weight[:, :, None]).view(*x.shape[:3], 2, 2)
+        logits = (x.flatten(1, 4) @ weight[:, :, None]).view(x.shape[:5])
         logits = logits.transpose(2, 3).flatten(3, 4).flatten(1, 2)
         return logits + self.conv5.bias[class_ids, None, None]
 
@@ -663,19 +667,20 @@ class MaskRCNN(nn.Module):
                 raise ValueError("training mode needs targets; call model.eval() to predict")
             return self.predict(images, self._whole(len(images), images.shape[2:]))
         image_shape = images.shape[2:]
-        features = self.fpn(self.normalize(images))
         windows = self._whole(len(images), image_shape)
         for window, target in zip(windows, targets, strict=True):
             if "window" in target:
                 window.copy_(self.to_frame(target["window"], image_shape))
-        with torch.no_grad():
-            _, proposals = self.propose(features, image_shape, windows)
-        rpn_targets, roi_targets = self._build_targets(targets, proposals, image_shape)
         every_class = torch.ones(self.config.NUM_CLASSES, dtype=torch.bool)
         active = [target.get("active_class_ids", every_class).to(self.device) for target in targets]
-        return self.compute_losses(
-            features, image_shape, rpn_targets, roi_targets, torch.stack(active)
-        )
+        with self._fast(detects=False):
+            features = self.fpn(self.normalize(images))
+            with torch.no_grad():
+                _, proposals = self.propose(features, image_shape, windows)
+            rpn_targets, roi_targets = self._build_targets(targets, proposals, image_shape)
+            return self.compute_losses(
+                features, image_shape, rpn_targets, roi_targets, torch.stack(active)
+            )
 
     @torch.no_grad()
     def predict(self, images: Tensor, windows: Tensor) -> Prediction:
@@ -685,11 +690,11 @@ class MaskRCNN(nn.Module):
             images: [B, C, H, W] as in forward, on the model's device.
             windows: [B, 4] float32, the BOX_FRAME, the part of each that shows the image.
         """
-        fast = self.config.CPU_WINOGRAD and self.device.type == "cpu"
-        with fused.inference(self._keeps_to_itself()) if fast else contextlib.nullcontext():
+        with self._fast(detects=True):
             image_shape = images.shape[2:]
             *features, p6 = self.fpn(self.normalize(images))
             rpn, proposals = self.propose([*features, p6], image_shape, windows)
+            features = [feature.to(self.mean.dtype) for feature in features]  # RoIAlign is exact
             class_logits, class_deltas = self.classifier(features, proposals, image_shape)
             class_probs = class_logits.float().softmax(dim=1)
             detections = refine_detections(
@@ -701,15 +706,44 @@ class MaskRCNN(nn.Module):
                 rpn, proposals, class_probs, class_deltas, detections, mask_logits.float().sigmoid()
             )
 
-    def _keeps_to_itself(self) -> bool:
+    def _fast(self, detects: bool) -> contextlib.AbstractContextManager[Any]:
+        """Inside, the network is as fast as it can be on this device and the config allows.
+
+        Raises:
+            ValueError: CPU_PRECISION asks for what this processor does not have.
+        """
+        config = self.config
+        if self.device.type == "cuda" and detects and config.CUDA_PRECISION != "float32":
+            return torch.autocast("cuda", getattr(torch, config.CUDA_PRECISION))
+        if self.device.type != "cpu":
+            return contextlib.nullcontext()
+        if config.CPU_PRECISION == "bfloat16" and detects:
+            if not self._keeps_to_itself(hooks=True):
+                raise ValueError(
+                    "CPU_PRECISION 'bfloat16' needs the layers of this library in model.fpn, got"
+                    " others; use 'float32'"
+                )
+            if not fused.can_use_bfloat16():
+                raise ValueError(
+                    "CPU_PRECISION 'bfloat16' needs a processor with AVX512-BF16 or AMX, got one of"
+                    f" {torch.backends.cpu.get_cpu_capability()}; use 'float32'"
+                )
+            return fused.fast(self._keeps_to_itself(), torch.bfloat16)
+        return (
+            fused.fast(self._keeps_to_itself()) if config.CPU_WINOGRAD else contextlib.nullcontext()
+        )
+
+    def _keeps_to_itself(self, hooks: bool = False) -> bool:
         """Whether nothing but this file sees the maps of the ResNet and the pyramid.
 
-        Then sums may be made in place: no module there is of another kind, and no hook is set.
+        Then sums may be made in place: no module there is of another kind, and no hook is set,
+        unless hooks are allowed.
         """
-        kinds = {FPN, Bottleneck, Convolution, StemPool, BatchNorm2d}
+        kinds = {FPN, Stem, Bottleneck, Convolution, StemPool, BatchNorm2d}
         kinds |= {nn.Sequential, nn.Conv2d, nn.ReLU}
         modules = list(self.fpn.modules())
-        return all(type(module) in kinds and not fused.is_watched(module) for module in modules)
+        known = all(type(module) in kinds for module in modules)
+        return known and (hooks or not any(map(fused.is_watched, modules)))
 
     def detect(
         self, images: Sequence[np.ndarray], verbose: int = 0, masks: str = "full"
@@ -1077,6 +1111,7 @@ class MaskRCNN(nn.Module):
             ValueError: the data, config or layers do not fit.
             OSError: the last checkpoint could not be written.
         """
+        self._fast(detects=True)  # which complains, before the evaluation of the first epoch does
         self.config.CLASS_NAMES = list(train_dataset.class_names)
         self.set_trainable(layers)
         self.train()
