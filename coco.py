@@ -523,4 +523,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    utils.keep_memory()
     sys.exit(main())

@@ -31,7 +31,6 @@ import image_files
 import model as modellib
 import outlines
 import utils
-import visualize
 from annotations import read_json
 from config import Config
 from detections import unmold_boxes
@@ -90,6 +89,8 @@ def draw_stages(
         model.config,
     )
 
+    import visualize  # for matplotlib, which takes longer to import than a small network detects
+
     def pixels(boxes: torch.Tensor) -> np.ndarray:
         return unmold_boxes(boxes, windows[0], image.shape, model.config).cpu().numpy()
 
@@ -135,6 +136,8 @@ def look(
         result, pictures = model.detect([image], masks="rle")[0], {}
     if not args.pictures:
         return result, {}
+    import visualize
+
     arguments = (result["rois"], result["masks"], result["class_ids"], names, result["scores"])
     picture = visualize.draw_instances(utils.as_uint8_image(image), *arguments)
     return result, {**pictures, "4_final" if args.stages else "detections": picture}
@@ -197,6 +200,8 @@ def detect(args: argparse.Namespace) -> int:
         where = f", {output / name}_*.png" if args.pictures else ""
         tqdm.write(f"{path}: {len(result['scores'])} objects{hint}{where}")
         if args.show:
+            import visualize
+
             visualize.display_images([picture], [name], cols=1, show=True)
     if args.results is not None:
         write(Path(args.results), all_results)
@@ -306,4 +311,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    utils.keep_memory()
     sys.exit(main())

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
 
 import image_files
 import utils
@@ -253,6 +252,8 @@ def objects_of_labels(file: MaskFile, values: np.ndarray, void: int = 0) -> list
     """The objects of a label image: its values, but for 0 and void."""
     numbers, inverse = np.unique(values, return_inverse=True)
     labels = np.where((numbers == 0) | (numbers == void), 0, np.arange(1, len(numbers) + 1))
+    from scipy import ndimage  # a quarter of a second that other formats do not need
+
     boxes = ndimage.find_objects(labels[inverse.reshape(values.shape)])
     objects = []
     for number, box in zip(numbers.tolist(), boxes, strict=False):

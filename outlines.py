@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy import ndimage
 
 import utils
 from boxed_masks import BoxedMasks, Part
@@ -167,6 +166,8 @@ def trace(part: np.ndarray) -> list[list[np.ndarray]]:
         y, x = np.nonzero(part & ~left)
         for corner in zip((x + ox).tolist(), (y + oy).tolist(), strict=True):
             moves[corner].append((dx, dy))
+
+    from scipy import ndimage  # a quarter of a second that most commands do not need
 
     labels, count = ndimage.label(part)
     borders: list[list[np.ndarray]] = [[] for _ in range(count)]

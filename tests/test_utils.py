@@ -6,7 +6,10 @@ import hashlib
 import logging
 import math
 import pickle
+import platform
 import random
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -14,7 +17,7 @@ import pytest
 import scipy.ndimage
 import torch
 import torchvision
-from conftest import load_golden
+from conftest import ROOT, load_golden
 from PIL import Image
 from pycocotools import mask as coco_mask
 from reference_inputs import uniform
@@ -766,3 +769,22 @@ def test_recall():
     assert (recall, positive_ids.tolist()) == (0.5, [1, 2])
     assert utils.compute_recall(none, boxes, 0.5)[0] == 0
     assert utils.compute_recall(boxes, none, 0.5)[0] == 1
+
+
+def test_memory_is_kept_for_the_next_tensor():
+    code = """
+import resource, torch, utils
+utils.keep_memory()
+utils.keep_memory()
+def faults():
+    torch.ones(16 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+faults()
+first = faults()
+print(faults() - first)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    if platform.libc_ver()[0] == "glibc":
+        assert int(result.stdout) < 1000  # of 64 MB, which are 16384 pages
