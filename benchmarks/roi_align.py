@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
@@ -21,8 +22,8 @@ from evaluation import evaluate_coco
 from model import MaskRCNN
 from samples.nuclei import AUGMENTATION, NucleiConfig, TrainingConfig, load
 
-RULES = {
-    "crop_and_resize": {},
+RULES: dict[str, dict[str, Any]] = {
+    "crop_and_resize": {"ROI_ALIGN": "crop_and_resize"},
     "roi_align": {"ROI_ALIGN": "roi_align", "ROI_SAMPLING_RATIO": 2},
 }
 

@@ -48,6 +48,8 @@ class NucleiConfig(Config):
     IMAGE_MIN_DIM = 512
     IMAGE_MAX_DIM = 512
     BACKBONE = {"blocks": (2, 2, 2, 2), "width": 16}  # noqa: RUF012
+    ROI_ALIGN = "roi_align"
+    ROI_SAMPLING_RATIO = 2
     TOP_DOWN_PYRAMID_SIZE = 64
     RPN_CHANNELS = 64
     RPN_ANCHOR_SCALES = (16, 32, 64, 128, 256)
@@ -90,8 +92,8 @@ class Crop:
     Its scale varies, since TorchDataset resizes it to the network's input.
     """
 
-    smallest: float = 0.4
-    largest: float = 0.65
+    smallest: float = 0.3
+    largest: float = 0.8
 
     def __call__(self, image: np.ndarray, masks: Masks, rng: np.random.Generator) -> Pair:
         share = math.exp(rng.uniform(math.log(self.smallest), math.log(self.largest)))
