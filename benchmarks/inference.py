@@ -1,16 +1,20 @@
-"""Seconds and memory of detection in one 1024 x 1024 image, beside torchvision's Mask R-CNN.
+"""Seconds for an image and memory of detection, beside torchvision's Mask R-CNN.
 
-    python benchmarks/inference.py [--backbone resnet101] [--runs 7] [--threads 1 2]
+    python benchmarks/inference.py [--backbone resnet101] [--size 1024] [--batch 1] [--threads 1 2]
     python benchmarks/inference.py --preset torchvision_v2 [--images FOLDER]
 
-All networks have a ResNet-FPN, 81 classes, 1000 proposals and 100 detections. Ours, with and
-without CPU_WINOGRAD, has the deterministic weights of the tests, torchvision's has random ones. The
-runs alternate, so that a machine that slows down slows down all. GFLOP/s count the operations of
-the definition, of which Winograd needs a quarter; that of a product of 2048 x 2048 matrices in the
-same run is the scale. Peak memory is that of a process of its own for each.
+By default it is one image of 1024 x 1024 pixels. All networks have a ResNet-FPN, 81 classes, 1000
+proposals and 100 detections. Ours, with and without CPU_WINOGRAD, has the deterministic weights of
+the tests, torchvision's has random ones. The runs alternate, so that a machine that slows down
+slows down all. GFLOP/s count the operations of the definition, of which Winograd needs a quarter;
+that of a product of 2048 x 2048 matrices in the same run is the scale. Peak memory is that of a
+process of its own for each.
 
 With --preset both networks are torchvision's maskrcnn_resnet50_fpn or _v2, have the same weights,
 and give the same detections in the same photographs: those of a folder, or three of scikit-image.
+
+--bfloat16 adds a row for CPU_PRECISION = "bfloat16", which the processor must have, and --onnx one
+for torchvision's network in ONNX Runtime.
 """
 
 import argparse
@@ -44,11 +48,14 @@ import model as modellib  # noqa: E402
 import utils  # noqa: E402
 from coco import CocoConfig  # noqa: E402
 
-NAMES = ("ours", "plain", "torchvision")
+NAMES = ["ours", "plain", "torchvision"]
 
 
-def build_ours(backbone: str = "resnet101", fast: bool = True) -> modellib.MaskRCNN:
-    config = CocoConfig(DETECTION_MIN_CONFIDENCE=0.0, BACKBONE=backbone, CPU_WINOGRAD=fast)
+def build_ours(
+    backbone: str = "resnet101", fast: bool = True, size: int = 1024, **options: Any
+) -> modellib.MaskRCNN:
+    options |= {"IMAGE_MIN_DIM": size, "IMAGE_MAX_DIM": size, "CPU_WINOGRAD": fast}
+    config = CocoConfig(DETECTION_MIN_CONFIDENCE=0.0, BACKBONE=backbone, **options)
     model = modellib.MaskRCNN(config)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "coco.h5")
@@ -59,7 +66,7 @@ def build_ours(backbone: str = "resnet101", fast: bool = True) -> modellib.MaskR
     return model.eval()
 
 
-def build_torchvision(backbone: str) -> torch.nn.Module:
+def build_torchvision(backbone: str, size: int) -> torch.nn.Module:
     from torchvision.models.detection import MaskRCNN
     from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
@@ -68,13 +75,13 @@ def build_torchvision(backbone: str) -> torch.nn.Module:
     for name, norm in features.named_modules():
         if name.endswith("bn3"):  # keeps the activations of 33 random blocks finite
             norm.weight.fill_(0.2)
-    sizes = {"min_size": 1024, "max_size": 1024}
+    sizes = {"min_size": size, "max_size": size}
     return MaskRCNN(features, 81, **sizes, box_score_thresh=0.0).eval()
 
 
 def read_images(args: argparse.Namespace) -> list[np.ndarray]:
     if not args.preset:
-        return [reference_inputs.synthetic_image(1024, 1024)]
+        return [reference_inputs.synthetic_image(args.size, args.size)] * args.batch
     if args.images:
         paths = sorted(args.images.glob("*.jpg"))
         if not paths:
@@ -83,37 +90,80 @@ def read_images(args: argparse.Namespace) -> list[np.ndarray]:
     return [skimage.data.astronaut(), skimage.data.coffee(), skimage.data.chelsea()]
 
 
-def build_pair(preset: str, fast: bool) -> tuple[torch.nn.Module, modellib.MaskRCNN]:
+def build_pair(
+    preset: str, fast: bool, **options: Any
+) -> tuple[torch.nn.Module, modellib.MaskRCNN]:
     """torchvision's own network, and ours with its weights."""
     rival = family_weights.sensible_torchvision("v2" if preset == "torchvision_v2" else "v1")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "torchvision.pth")
         torch.save(rival.state_dict(), path)
-        return rival, modellib.MaskRCNN.from_weights(path, CPU_WINOGRAD=fast)
+        return rival, modellib.MaskRCNN.from_weights(path, CPU_WINOGRAD=fast, **options)
+
+
+def open_in_onnxruntime(network: torch.nn.Module, image: torch.Tensor) -> Any:
+    """torchvision's network, exported for one image of any size."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "torchvision.onnx")
+        torch.onnx.export(
+            network,
+            ([image],),
+            path,
+            opset_version=17,
+            dynamo=False,
+            input_names=["image"],
+            output_names=["boxes", "labels", "scores", "masks"],
+            dynamic_axes={"image": {1: "height", 2: "width"}},
+        )
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def make_run(name: str, args: argparse.Namespace) -> Callable[[], int]:
-    """A function that detects in the images, one by one, and returns the number of objects."""
+    """A function that detects in the images and returns the number of objects.
+
+    Photographs one by one, else all of them as a batch.
+    """
     images = read_images(args)
-    if name == "torchvision":
-        rival = (
-            build_pair(args.preset, fast=True)[0]
-            if args.preset
-            else build_torchvision(args.backbone)
-        )
-        tensors = [torch.from_numpy(image.copy()).permute(2, 0, 1) / 255 for image in images]
+    batches = [[image] for image in images] if args.preset else [images]
+    if name in ("torchvision", "onnxruntime"):
+        if args.preset:
+            rival, _ = build_pair(args.preset, fast=True)
+        else:
+            rival = build_torchvision(args.backbone, args.size)
+        tensors = [
+            [torch.from_numpy(image.copy()).permute(2, 0, 1) / 255 for image in batch]
+            for batch in batches
+        ]
+        if name == "onnxruntime":
+            session = open_in_onnxruntime(rival, tensors[0][0])
+
+            def run() -> int:
+                found = [session.run(["masks"], {"image": x.numpy()}) for (x,) in tensors]
+                return sum(len(masks[:, 0] >= 0.5) for (masks,) in found)
+
+            return run
 
         def run() -> int:
             with torch.inference_mode():
-                results = [rival([tensor])[0] for tensor in tensors]
+                results = [result for batch in tensors for result in rival(batch)]
                 # As ours: masks thresholded, and in numpy.
                 return sum(len((r["masks"][:, 0] >= 0.5).numpy()) for r in results)
     else:
-        fast = name == "ours"
-        ours = build_pair(args.preset, fast)[1] if args.preset else build_ours(args.backbone, fast)
+        fast = name != "plain"
+        options = {"CPU_PRECISION": "bfloat16" if name == "bfloat16" else "float32"}
+        if args.preset:
+            _, ours = build_pair(args.preset, fast, **options)
+        else:
+            ours = build_ours(args.backbone, fast, args.size, IMAGES_PER_GPU=args.batch, **options)
 
         def run() -> int:
-            return sum(ours.detect([image])[0]["masks"].shape[2] for image in images)
+            results = [result for batch in batches for result in ours.detect(batch)]
+            return sum(result["masks"].shape[2] for result in results)
 
     return run
 
@@ -151,7 +201,7 @@ def stage_seconds(model: modellib.MaskRCNN, image: np.ndarray) -> dict[str, floa
 
 def peak_gigabytes(name: str, args: argparse.Namespace, threads: int) -> float:
     command = [sys.executable, __file__, "--peak", name, "--backbone", args.backbone]
-    command += ["--threads", str(threads)]
+    command += ["--threads", str(threads), "--size", str(args.size), "--batch", str(args.batch)]
     command += ["--preset", args.preset] if args.preset else []
     command += ["--images", str(args.images)] if args.images else []
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -170,17 +220,24 @@ def compare(args: argparse.Namespace, threads: int) -> None:
     """Prints the tables for a number of threads."""
     torch.set_num_threads(threads)
     what, rounds = args.preset or args.backbone, args.runs
+    images = len(read_images(args))
+    if not args.preset:
+        what = f"{what}, {images} x {args.size} x {args.size}"
     print(f"\n{what}, {threads} threads, medians of {rounds} alternating runs\n")
+    names = [*NAMES, "bfloat16"] if args.bfloat16 else NAMES
+    if args.onnx:
+        names = [*names, "onnxruntime"]
     # First, since a process counts the memory of the one that started it.
-    peaks = {name: peak_gigabytes(name, args, threads) for name in NAMES}
-    runs: dict[str, Callable[[], Any]] = {name: make_run(name, args) for name in NAMES}
+    peaks = {name: peak_gigabytes(name, args, threads) for name in names}
+    runs: dict[str, Callable[[], Any]] = {name: make_run(name, args) for name in names}
     counts = {name: run() for name, run in runs.items()}  # warm
     work = {}
     for name in ("plain", "torchvision"):
         with FlopCounterMode(display=False) as counter:
             runs[name]()
         work[name] = counter.get_total_flops()
-    work["ours"] = work["plain"]
+    work["ours"] = work["bfloat16"] = work["plain"]
+    work["onnxruntime"] = work["torchvision"]
     left, right = torch.randn(2, 2048, 2048)
     runs["GEMM"], work["GEMM"] = lambda: left @ right, 2 * 2048**3
 
@@ -190,28 +247,31 @@ def compare(args: argparse.Namespace, threads: int) -> None:
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)
-    print("| | seconds (min .. max) | of ours | detections | GFLOP/s | peak GB |")
+    print("| | seconds per image (min .. max) | of ours | detections | GFLOP/s | peak GB |")
     print("| --- | --- | --- | --- | --- | --- |")
-    for name in NAMES:
-        values = seconds[name]
+    for name in names:
+        values = [value / images for value in seconds[name]]
         median = statistics.median(values)
-        pairs = [value / ours for ours, value in zip(seconds["ours"], values, strict=True)]
+        pairs = [x / ours for ours, x in zip(seconds["ours"], seconds[name], strict=True)]
         cells = [name, f"{median:.2f} ({min(values):.2f} .. {max(values):.2f})"]
         cells += [f"{statistics.median(pairs):.2f}", str(counts[name])]
-        cells += [f"{work[name] / median / 1e9:.0f}", f"{peaks[name]:.2f}"]
+        cells += [f"{work[name] / images / median / 1e9:.0f}", f"{peaks[name]:.2f}"]
         print("| " + " | ".join(cells) + " |")
     print(f"\nGEMM: {work['GEMM'] / statistics.median(seconds['GEMM']) / 1e9:.0f} GFLOP/s")
 
 
-def compare_stages(backbone: str, threads: int, rounds: int) -> None:
+def compare_stages(backbone: str, size: int, threads: int, rounds: int) -> None:
     """Prints where the time goes."""
     torch.set_num_threads(threads)
-    image = reference_inputs.synthetic_image(1024, 1024)
-    models = {"ours": build_ours(backbone), "plain": build_ours(backbone, fast=False)}
+    image = reference_inputs.synthetic_image(size, size)
+    models = {
+        "ours": build_ours(backbone, size=size),
+        "plain": build_ours(backbone, fast=False, size=size),
+    }
     laps: dict[str, list[dict[str, float]]] = {name: [] for name in models}
     for _ in range(rounds + 1):
         for name, model in models.items():
-            fast = fused.inference(overwrite=True) if name == "ours" else contextlib.nullcontext()
+            fast = fused.fast(overwrite=True) if name == "ours" else contextlib.nullcontext()
             with fast:
                 laps[name].append(stage_seconds(model, image))
     print(f"\n{backbone}, {threads} threads\n\n| stage | ours | plain |\n| --- | --- | --- |")
@@ -226,10 +286,22 @@ def main() -> None:
     text = "compare with torchvision's own network, with its weights"
     parser.add_argument("--preset", choices=["torchvision", "torchvision_v2"], help=text)
     parser.add_argument("--images", type=Path, help="with --preset: a folder of .jpg files")
+    parser.add_argument("--size", type=int, default=1024, help="side of the image")
+    parser.add_argument("--batch", type=int, default=1, help="images at once")
+    parser.add_argument("--bfloat16", action="store_true", help='CPU_PRECISION = "bfloat16" too')
+    text = "torchvision's network in ONNX Runtime too, one image at a time; needs onnx, onnxruntime"
+    parser.add_argument("--onnx", action="store_true", help=text)
+    parser.add_argument("--stages", action="store_true", help="also show where the time goes")
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--peak", choices=[*NAMES, "large"], help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--peak", choices=[*NAMES, "bfloat16", "onnxruntime", "large"], help=argparse.SUPPRESS
+    )
     args = parser.parse_args()
+    if args.onnx and args.batch > 1:
+        parser.error("--onnx takes one image at a time")
+    if args.preset and (args.size, args.batch) != (1024, 1):
+        parser.error("--size and --batch do not go with --preset")
     if args.peak:
         torch.set_num_threads(args.threads[0])
         if args.peak == "large":
@@ -243,10 +315,10 @@ def main() -> None:
     for threads in args.threads:
         compare(args, threads)
         gc.collect()
-    if args.preset:
+    if not args.stages:
         return
     large = peak_gigabytes("large", args, args.threads[-1])
-    compare_stages(args.backbone, args.threads[-1], args.runs)
+    compare_stages(args.backbone, args.size, args.threads[-1], args.runs)
     print(f'\n100 detections in 6000 x 4000 pixels, masks="rle": peak {large:.2f} GB')
 
 
