@@ -4,6 +4,7 @@ import functools
 import io
 import multiprocessing
 import os
+import socket
 import zipfile
 from pathlib import Path
 
@@ -22,6 +23,14 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     ["torch.utils.tensorboard", "pytest", "scipy.ndimage", "pycocotools.cocoeval"]
 )
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses, for processes to meet at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data"

@@ -6,13 +6,12 @@ import io
 import json
 import math
 import os
-import socket
 import types
 
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, TinyNetwork, needs_shared
+from conftest import SHARED, TinyNetwork, free_port, needs_shared
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -316,11 +315,8 @@ def _process(rank, port, folder):
 
 
 def test_two_processes_share_the_images(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    start = torch.multiprocessing.start_processes
-    start(_process, (port, tmp_path), nprocs=2, start_method="forkserver")  # see conftest.FORKS
+    start, arguments = torch.multiprocessing.start_processes, (free_port(), tmp_path)
+    start(_process, arguments, nprocs=2, start_method="forkserver")  # see conftest.FORKS
     bbox, segm, results, images, batches = json.loads((tmp_path / "0.json").read_text())
     assert (images, len(batches)) == (1, 3 + 1)
     assert json.loads((tmp_path / "1.json").read_text()) == [1, 1]

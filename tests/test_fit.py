@@ -12,7 +12,6 @@ import math
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import types
@@ -21,7 +20,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from conftest import FORKS, ROOT, TinyNetwork
+from conftest import FORKS, ROOT, TinyNetwork, free_port
 from torch import nn
 
 import checkpoints
@@ -863,11 +862,8 @@ def one_of_two(rank, port, folder):
 
 
 def by_fork(folder):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     torch.multiprocessing.start_processes(
-        one_of_two, (port, folder), nprocs=2, start_method="forkserver"
+        one_of_two, (free_port(), folder), nprocs=2, start_method="forkserver"
     )
 
 

@@ -237,8 +237,8 @@ INLINE void transform_outputs(const Convolution& conv, const Block& block, Strip
 }
 
 // Rows x (Panels * 16) sums over all input channels at one point of a strip, kChunk channels at a
-// time in registers. Most of the error of a sum in one go comes from adding to what is large already:
-// over 256 channels it is four fifths of the error of a convolution.
+// time in registers. Most of the error of a sum in one go comes from adding to what is large
+// already: over 256 channels it is four fifths of the error of a convolution.
 // input: [Rows, 16] of the first panel. weight: Panels of [channels, 16]. output: as input.
 // For each panel of inputs, `lines` cache lines from `next` on are fetched for later.
 template <int Width, int Rows, int Panels>
