@@ -118,6 +118,20 @@ def resumable(model: Any, option: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Around imports of optional packages: tells what to install where one is missing.
+
+    Args:
+        name: one of pyproject.toml's optional dependencies, such as "video".
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        remedy = f'pip install -e ".[{name}]"'
+        raise ValueError(f"this needs the package {error.name}; install it with {remedy}") from None
+
+
+@contextlib.contextmanager
 def _joined(args: argparse.Namespace) -> Iterator[None]:
     """Makes the torch.device of this process of args.device, where there is such an option."""
     if not hasattr(args, "device"):
