@@ -205,6 +205,54 @@ def add_bit_depth(group: Any) -> None:
     )
 
 
+def tile(text: str) -> tuple[int, int]:
+    """The type of options that are a size: HEIGHTxWIDTH, or one number for a square."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise argparse.ArgumentTypeError(f"must be pixels, as 1024 or 768x1024, got {text!r}")
+    return int(sides[0]), int(sides[-1])
+
+
+def overlap(text: str) -> float:
+    """The type of options that are pixels, or a share below 1."""
+    value = _number(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be pixels or a share below 1, got {text!r}")
+    return value
+
+
+def numbers(text: str) -> list[float]:
+    """The type of options that are numbers above 0 with commas between them."""
+    return [positive(part) for part in text.split(",")]
+
+
+def flips(text: str) -> list[str]:
+    """The type of options that say how images are mirrored."""
+    found = names(text)
+    if not {*found} <= {"horizontal", "vertical", "both"}:
+        raise argparse.ArgumentTypeError(f"must be horizontal, vertical or both, got {text!r}")
+    return found
+
+
+def add_views(group: Any) -> None:
+    """The options that say in what parts and versions an image is looked at, as of Config."""
+    text = "look at large images in windows of so many pixels, HEIGHTxWIDTH or the side of a square"
+    group.add_argument("--tile", dest="DETECTION_TILE", type=tile, metavar="N", help=text)
+    text = "what windows share, at least the size of an object: pixels, or a share below 1"
+    group.add_argument("--overlap", dest="DETECTION_OVERLAP", type=overlap, metavar="X", help=text)
+    text = (
+        "enlarge images for small objects (2) or shrink them for large ones (0.5); several: average"
+    )
+    group.add_argument("--scale", dest="DETECTION_SCALES", type=numbers, metavar="X,Y", help=text)
+    text = "average with mirror images: horizontal, vertical, both, or several with commas"
+    group.add_argument("--flip", dest="DETECTION_FLIPS", type=flips, metavar="A,B", help=text)
+
+
+def config_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of Config that a command line sets: those in capitals."""
+    return {k: v for k, v in vars(args).items() if k.isupper() and v is not None}
+
+
 def _number(text: str) -> float:
     try:
         return float(text)

@@ -210,7 +210,12 @@ def evaluate(args: argparse.Namespace) -> None:
     logger.info("%s on %d of %d images (see --limit)", path, count, dataset.num_images)
     least = least_score(model.config)
     result = evaluate_coco(
-        model, dataset, limit=args.limit, min_confidence=least, results_path=args.results
+        model,
+        dataset,
+        limit=args.limit,
+        min_confidence=least,
+        max_detections=args.max_detections,
+        results_path=args.results,
     )
     if result is not None:
         print(result)
@@ -440,6 +445,8 @@ def add_model_options(parser: cli.Parser, command: str) -> None:
     text = f"weights: {', '.join(models)} or a file (.h5, .pth, .pkl)"
     add("--model", required=True, help=text)
     add("--logs", default="logs", metavar="DIR", help="holds the checkpoints; default: logs")
+    if command == "evaluate":
+        cli.add_views(group)
     if command == "train":
         text = "of a new model; default: resnet101"
         add("--backbone", dest="BACKBONE", choices=tuple(RESNETS), help=text)
@@ -454,6 +461,8 @@ def add_output_options(parser: cli.Parser, command: str) -> None:
     if command == "evaluate":
         text = "write the detections in COCO's result format"
         add("--results", metavar="OUT.json", help=text)
+        text = "of an image and class count, the best; COCO's are 100, and the default"
+        add("--max-detections", type=cli.whole(1), default=100, metavar="N", help=text)
     else:
         text = "the picture of annotated images; default: inspect.png"
         add("--output", default="inspect.png", metavar="FILE", help=text)
@@ -479,7 +488,7 @@ def add_training_options(parser: cli.Parser) -> None:
 
 def config_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options of Config that the command line sets."""
-    options = {k: v for k, v in vars(args).items() if k.isupper() and v is not None}
+    options = cli.config_options(args)
     if args.image_dim is not None:
         # Config's proportion, 800 to 1024.
         options |= {"IMAGE_MAX_DIM": args.image_dim, "IMAGE_MIN_DIM": args.image_dim * 25 // 32}

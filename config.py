@@ -168,6 +168,19 @@ class Config:
     # is the background. True, as the paper: of each class that has DETECTION_MIN_CONFIDENCE, which
     # finds more where that is low, and raises AP a bit.
     DETECTION_PER_CLASS: bool = False
+    # (height, width) in pixels of the image: detect() looks at an image in windows of this size,
+    # each resized as an image is, and joins what it finds; DETECTION_MAX_INSTANCES is then the most
+    # of a window. None: at the image as a whole.
+    DETECTION_TILE: Sequence[int] | None = None
+    # What neighbouring windows share, at least the size of an object: pixels or, below 1, that part
+    # of a window's side.
+    DETECTION_OVERLAP: float = 0.25
+    # How large the network sees an image or window, times what the options above make of it: above
+    # 1 for objects that are too small for it, below 1 for those that are too large. Of several
+    # scales, and of DETECTION_FLIPS, the results are averaged (test-time augmentation).
+    DETECTION_SCALES: Sequence[float] = (1.0,)
+    # Mirror images that are looked at, too: "horizontal", "vertical", "both".
+    DETECTION_FLIPS: Sequence[str] = ()
     # How a mask comes into the image: "rounded", resized to the box in whole pixels; "expanded",
     # torchvision's, with a border of a mask pixel around it and corners cut to whole pixels;
     # "sampled", detectron2's, read at the centre of each pixel of the image.
@@ -627,6 +640,22 @@ RULES = (
         "BBOX_LOG_SCALE_LIMIT RPN_MIN_SIZE DETECTION_MIN_SIZE",
         "0 or more and finite, or None",
         _or_none(lambda v: 0 <= v < math.inf),
+    ),
+    Rule(
+        "DETECTION_TILE",
+        "(height, width), whole numbers from 1, or None",
+        _or_none(lambda v: len(v) == 2 and all(map(_whole(1, 10_000_000), v))),
+    ),
+    Rule("DETECTION_OVERLAP", "0 or more, and finite", lambda v: 0 <= v < math.inf),
+    Rule(
+        "DETECTION_SCALES",
+        "1 to 100 numbers above 0, and finite",
+        lambda v: 1 <= len(v) <= 100 and _all_positive(v),
+    ),
+    Rule(
+        "DETECTION_FLIPS",
+        "some of 'horizontal', 'vertical' and 'both'",
+        lambda v: not isinstance(v, str) and {*v} <= {"horizontal", "vertical", "both"},
     ),
     Rule("STD_PIXEL", "a number above 0 per channel, or None", _or_none(_all_positive)),
     Rule(

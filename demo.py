@@ -6,6 +6,7 @@ python demo.py street.jpg --model detectron2_r101 # detectron2's weights
 python demo.py street.jpg --stages --json         # the pipeline's stages, COCO-style results
 python demo.py cells.png --model nuclei           # cell nuclei under the microscope
 python demo.py mine.jpg --model logs/.../best.pth # a model of your own
+python demo.py city.tif --tile 1024 --overlap 200 # a large image, in windows
 python demo.py photos --coco found.json --polygons # annotations to correct and to train on
 python demo.py test2017 --list image_info_test-dev2017.json --results results.json --no-pictures
 """
@@ -30,10 +31,11 @@ import coco_export
 import image_files
 import model as modellib
 import outlines
+import tiles
 import utils
 from annotations import read_json
 from config import Config
-from detections import unmold_boxes
+from detections import unmold_boxes, unmold_detections
 from downloads import PUBLISHED, SHIPPED
 from file_names import ImageFolder
 
@@ -80,7 +82,7 @@ def draw_stages(
     """Detects in one image; the result as of detect(masks="rle"), and a picture of each stage."""
     molded, windows = model.mold_inputs([image])
     prediction = model.predict(molded, windows)
-    result = modellib.unmold_detections(
+    result = unmold_detections(
         prediction,
         0,
         image.shape,
@@ -133,7 +135,8 @@ def look(
     if args.stages:
         result, pictures = draw_stages(model, image, names)
     else:
-        result, pictures = model.detect([image], masks="rle")[0], {}
+        several = len(tiles.views(image.shape, model.config)) > 1
+        result, pictures = model.detect([image], verbose=int(several), masks="rle")[0], {}
     if not args.pictures:
         return result, {}
     import visualize
@@ -161,9 +164,7 @@ def detect(args: argparse.Namespace) -> int:
     for file in (args.results, args.coco):
         if file is not None:  # what cannot be written should be known before hours of detection
             Path(file).parent.mkdir(parents=True, exist_ok=True)
-    options = {"DETECTION_MIN_CONFIDENCE": args.min_confidence}
-    if args.IMAGE_BIT_DEPTH is not None:  # else as the file says
-        options["IMAGE_BIT_DEPTH"] = args.IMAGE_BIT_DEPTH
+    options = {"DETECTION_MIN_CONFIDENCE": args.min_confidence, **cli.config_options(args)}
     model = modellib.MaskRCNN.from_weights(model_name, **options).to(args.device)
     names = class_names(model.config)
     category_ids = coco.CATEGORY_IDS if names == coco.CLASS_NAMES else None
@@ -277,6 +278,7 @@ def build_parser() -> cli.Parser:
     add("--output", default="out", metavar="DIR", help="of the pictures; default: out")
     cli.add_device(parser)
     cli.add_bit_depth(parser)
+    cli.add_views(parser)
     text = "least score of what is shown, 0 to 1; default: 0.7"
     add("--min-confidence", type=cli.share, default=0.7, metavar="X", help=text)
     add("--stages", action="store_true", help="draw the four stages as well")
@@ -301,6 +303,9 @@ def check(args: argparse.Namespace) -> None:
     """Raises ValueError for options that do not go together."""
     if (args.list or args.results or args.coco) and not args.images:
         raise ValueError("--list, --results and --coco are for images of one's own")
+    views = (args.DETECTION_TILE, args.DETECTION_SCALES, args.DETECTION_FLIPS)
+    if args.stages and any(view is not None for view in views):
+        raise ValueError("--stages shows images as a whole, without --tile, --scale and --flip")
     if not args.pictures and (args.stages or args.show):
         raise ValueError("--no-pictures does not go with --stages and --show")
 

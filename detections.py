@@ -3,7 +3,7 @@
 Letters in shapes and frames of boxes are those of model.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import utils
-from boxed_masks import BoxedMasks
+from boxed_masks import BoxedMasks, Part
 from config import Config
 from nms import batched_nms
 
@@ -49,6 +49,16 @@ class Prediction(NamedTuple):
     class_deltas: Tensor  # [R, K, 4] in units of BBOX_STD_DEV
     detections: Detections
     mask_probs: Tensor  # [N, M, M] of the detected class
+
+
+class Objects(NamedTuple):
+    """The objects of an image in its own frame, best score first."""
+
+    boxes: np.ndarray  # [N, 4] float32
+    class_ids: np.ndarray  # [N] int32
+    scores: np.ndarray  # [N] float32
+    # Of each mask the pixels that may be set: their box, whole numbers, and [height, width] bool.
+    parts: Iterable[Part]
 
 
 def refine_detections(
@@ -131,38 +141,56 @@ def unmold_detections(
         window: [4] the BOX_FRAME, the part of the network input that shows the image.
         masks: "full", "rle" or "box".
     """
+    return as_result(unmold(prediction, image, image_shape, window, config), image_shape, masks)
+
+
+def unmold(
+    prediction: Prediction, image: int, image_shape: Sequence[int], window: Tensor, config: Config
+) -> Objects:
+    """The detections of one image of a batch in its frame; see unmold_detections.
+
+    The masks are pasted one by one, as `parts` is read, which is possible once.
+    """
     detections = prediction.detections
     members = (detections.image_index == image).nonzero()[:, 0]
     boxes = unmold_boxes(detections.boxes[members], window, image_shape, config)
     # Boxes thinner than a pixel of the image can round to nothing.
     visible = utils.are_larger(boxes, 0)
     boxes, members = boxes[visible], members[visible]
-
-    size = (image_shape[0], image_shape[1])
-    rois = boxes.round().int()
-    parts = (
-        utils.paste_mask(probs, box, size, config.MASK_PASTE)
+    pasted = (
+        utils.paste_mask(probs, box, image_shape[:2], config.MASK_PASTE)
         for probs, box in zip(prediction.mask_probs[members], boxes.tolist(), strict=True)
     )
+    return Objects(
+        boxes.cpu().numpy(),
+        detections.class_ids[members].to(torch.int32).cpu().numpy(),
+        detections.scores[members].cpu().numpy(),
+        ((box, part.cpu().numpy()) for part, box in pasted),
+    )
+
+
+def as_result(objects: Objects, image_shape: Sequence[int], masks: str) -> dict[str, Any]:
+    """Objects of an image in the form that MaskRCNN.detect returns, with masks of that kind."""
+    size = (image_shape[0], image_shape[1])
+    rois = objects.boxes.round().astype(np.int32)
     found: Any
     if masks == "full":
-        canvas = np.zeros((len(boxes), *size), dtype=bool)
-        for row, (part, (y1, x1, y2, x2)) in zip(canvas, parts, strict=True):
-            row[y1:y2, x1:x2] = part.cpu().numpy()
+        canvas = np.zeros((len(rois), *size), dtype=bool)
+        for row, ((y1, x1, y2, x2), part) in zip(canvas, objects.parts, strict=True):
+            row[y1:y2, x1:x2] = part
         found = canvas.transpose(1, 2, 0)  # [H, W, N]
     elif masks == "rle":
-        found = [utils.rle_encode(part.cpu().numpy(), box, size) for part, box in parts]
+        found = [utils.rle_encode(part, box, size) for box, part in objects.parts]
     else:
         # A part may be a pixel larger or smaller than its box.
-        boxed = (BoxedMasks(size, [(box, part.cpu().numpy())]) for part, box in parts)
         found = [
-            np.asarray(mask[y1:y2, x1:x2])[:, :, 0]
-            for mask, (y1, x1, y2, x2) in zip(boxed, rois.tolist(), strict=True)
+            np.asarray(BoxedMasks(size, [part])[y1:y2, x1:x2])[:, :, 0]
+            for part, (y1, x1, y2, x2) in zip(objects.parts, rois.tolist(), strict=True)
         ]
     return {
-        "rois": rois.cpu().numpy(),
-        "boxes": boxes.cpu().numpy(),
-        "class_ids": detections.class_ids[members].to(torch.int32).cpu().numpy(),
-        "scores": detections.scores[members].cpu().numpy(),
+        "rois": rois,
+        "boxes": objects.boxes,
+        "class_ids": objects.class_ids,
+        "scores": objects.scores,
         "masks": found,
     }

@@ -83,6 +83,7 @@ def evaluate_coco(
     image_ids: Sequence[int] | np.ndarray | None = None,
     limit: int | None = None,
     min_confidence: float | None = None,
+    max_detections: int = 100,
     results_path: str | Path | None = None,
     verbose: int = 1,
 ) -> CocoEvaluation | None:
@@ -98,6 +99,8 @@ def evaluate_coco(
         limit: at most so many of them; None or 0 for no limit.
         min_confidence: instead of the config's DETECTION_MIN_CONFIDENCE. COCO's numbers are about
             all detections: 0.
+        max_detections: the best of each class in an image that count. COCO's are 100; where images
+            hold more objects, more. AR100 is then about these.
         results_path: where to write the detections in COCO's result format.
         verbose: 1 shows a progress bar.
 
@@ -151,8 +154,8 @@ def evaluate_coco(
     if results_path is not None:
         content = json.dumps(results).encode()
         utils.write_atomic(results_path, lambda file: file.write(content))
-    bbox, bbox_per_class = _score(dataset, truth, detections, "bbox")
-    segm, segm_per_class = _score(dataset, truth, detections, "segm")
+    bbox, bbox_per_class = _score(dataset, truth, detections, "bbox", max_detections)
+    segm, segm_per_class = _score(dataset, truth, detections, "segm", max_detections)
     return CocoEvaluation(
         bbox,
         segm,
@@ -327,6 +330,7 @@ def _score(
     truth: dict[int, list[dict[str, Any]]],
     detections: dict[int, dict[str, Any]],
     kind: str,
+    max_detections: int,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """COCO's 12 numbers, and AP by class name, for "bbox" or "segm"."""
     from pycocotools import mask as coco_mask
@@ -357,6 +361,7 @@ def _score(
     expected = [{"image_id": i, **a} for i, instances in truth.items() for a in instances]
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(index(expected), index(found), kind)
+        evaluation.params.maxDets = [1, 10, max_detections]
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -364,10 +369,10 @@ def _score(
     def number(value: float) -> float:
         return float(value) if value > -1 else math.nan
 
-    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # [T, R, K - 1]: all sizes, 100 each
-    means = precision.mean(axis=(0, 1))
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # [T, R, K - 1]: of all sizes
+    judged = precision[precision > -1]
+    numbers = dict(zip(METRICS, map(number, evaluation.stats), strict=True))
+    # The one number for which summarize() knows no other count than 100.
+    numbers["AP"] = float(judged.mean()) if len(judged) else math.nan
     names = dataset.class_names[1:]
-    return (
-        dict(zip(METRICS, map(number, evaluation.stats), strict=True)),
-        dict(zip(names, map(number, means), strict=True)),
-    )
+    return numbers, dict(zip(names, map(number, precision.mean(axis=(0, 1))), strict=True))

@@ -30,16 +30,26 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import checkpoints
 import fused
+import tiles
 import training
 import utils
 import weights
 from augmentation import Augmentation
 from config import BACKBONE_OPTIONS, RESNETS, Config
 from dataset import check_batch
-from detections import Prediction, Rois, RPNOutput, refine_detections, unmold_detections
+from detections import (
+    Objects,
+    Prediction,
+    Rois,
+    RPNOutput,
+    as_result,
+    refine_detections,
+    unmold,
+)
 from fused import convolve, deconvolve, dense
 from losses import (
     mrcnn_bbox_loss,
@@ -746,16 +756,25 @@ class MaskRCNN(nn.Module):
         return known and (hooks or not any(map(fused.is_watched, modules)))
 
     def detect(
-        self, images: Sequence[np.ndarray], verbose: int = 0, masks: str = "full"
+        self,
+        images: Sequence[np.ndarray],
+        verbose: int = 0,
+        masks: str = "full",
+        tile: Sequence[int] | None = None,
+        overlap: float | None = None,
     ) -> list[dict[str, Any]]:
         """Finds the objects in images.
 
         Args:
             images: a list of arrays [H, W, 3] uint8 RGB of any sizes. Grey, RGBA, 16-bit and
                 float (0..1) images are converted, see utils.as_uint8_image.
-            verbose: 1 prints the sizes, objects and seconds of each batch.
+            verbose: 1 prints the sizes, objects and seconds of each batch, or shows a progress bar
+                of the windows where there are several.
             masks: "full" for masks at the image's size, "rle" for COCO run-length encoding (small,
                 for big images and many objects), "box" for masks at the size of their boxes.
+            tile: (height, width) of windows to look at an image in, for large images; None for the
+                config's DETECTION_TILE.
+            overlap: of the windows; None for the config's DETECTION_OVERLAP.
 
         Returns:
             A dict of numpy arrays per image, best score first:
@@ -776,45 +795,57 @@ class MaskRCNN(nn.Module):
         channels = self.config.IMAGE_CHANNEL_COUNT
         depth = self.config.IMAGE_BIT_DEPTH
         images = [utils.as_uint8_image(image, channels, depth) for image in images]
-        # Images that come to one size share a batch: so each gives what it gives alone.
+        views = [tiles.views(image.shape, self.config, tile, overlap) for image in images]
+        # Views that come to one size share a batch: so each image gives what it gives alone.
         batches = defaultdict(list)
         square = self.config.IMAGE_RESIZE_MODE == "square"
-        for i, image in enumerate(images):
-            batches["square" if square else image.shape].append(i)
+        for i, view in ((i, view) for i, several in enumerate(views) for view in several):
+            shape = view.cut(images[i]).shape
+            batches[view.scale, "square" if square else shape].append((i, view))
 
         results: list[dict[str, Any]] = [{} for _ in images]
-        size = self.config.BATCH_SIZE
-        with utils.evaluating(self):
-            for members in batches.values():
+        found: list[list[Any]] = [[] for _ in images]
+        size, whole = self.config.BATCH_SIZE, max(map(len, views), default=1) == 1
+        total = sum(map(len, views))
+        bar = tqdm(total=total, unit="window", leave=False, disable=whole or not verbose)
+        with utils.evaluating(self), bar:
+            for (scale, _), members in batches.items():
                 for start in range(0, len(members), size):
                     batch = members[start : start + size]
-                    found = self._detect_batch([images[i] for i in batch], masks, verbose)
-                    for i, result in zip(batch, found, strict=True):
-                        results[i] = result
+                    cuts = [view.cut(images[i]) for i, view in batch]
+                    detected = self._detect_batch(cuts, scale, verbose if whole else 0)
+                    for (i, view), objects in zip(batch, detected, strict=True):
+                        found[i].append((view, view.place(objects)))
+                        if len(found[i]) == len(views[i]):
+                            merged = tiles.merge(found[i], images[i].shape, self.config)
+                            found[i] = []
+                            results[i] = as_result(merged, images[i].shape, masks)
+                    bar.update(len(batch))
         return results
 
-    def _detect_batch(
-        self, images: list[np.ndarray], masks: str, verbose: int
-    ) -> list[dict[str, Any]]:
+    def _detect_batch(self, images: list[np.ndarray], scale: float, verbose: int) -> list[Objects]:
         start = time.perf_counter()
-        molded, windows = self.mold_inputs(images)
+        molded, windows = self.mold_inputs(images, scale)
         prediction = self.predict(molded, windows)
-        results = [
-            unmold_detections(prediction, i, image.shape, windows[i], masks, self.config)
+        found = [
+            unmold(prediction, i, image.shape, windows[i], self.config)
             for i, image in enumerate(images)
         ]
         if verbose:
             shapes = ", ".join(f"{image.shape[0]}x{image.shape[1]}" for image in images)
-            counts = ", ".join(str(len(result["scores"])) for result in results)
+            counts = ", ".join(str(len(objects.scores)) for objects in found)
             seconds = time.perf_counter() - start
             print(f"images {shapes}: {counts} objects in {seconds:.2f} s")
-        return results
+        return found
 
-    def mold_inputs(self, images: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    def mold_inputs(
+        self, images: Sequence[np.ndarray], scale: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
         """Resizes and pads images, which must come to one shape, and stacks them.
 
         Args:
             images: arrays [H, W, C] uint8.
+            scale: times the size that the config gives them.
 
         Returns:
             images [B, C, H, W] on the model's device, uint8, or float32 in the mode
@@ -823,7 +854,7 @@ class MaskRCNN(nn.Module):
         """
         if self.config.IMAGE_RESIZE_MODE == "crop":
             raise ValueError("IMAGE_RESIZE_MODE 'crop' is for training; detect with 'square'")
-        resized = [utils.resize_to_network(image, self.config) for image in images]
+        resized = [utils.resize_to_network(image, self.config, zoom=scale) for image in images]
         molded = torch.from_numpy(np.stack([item.image for item in resized]))
         corners = torch.tensor([item.window for item in resized])
         windows = self.to_frame(corners, molded.shape[1:3])

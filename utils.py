@@ -350,6 +350,7 @@ def resize_image(
     interpolation: str = "pillow",
     side_rounding: str = "nearest",
     padding_value: Sequence[float] | None = None,
+    zoom: float = 1.0,
 ) -> ResizedImage:
     """Resizes an image to the network's input, keeping its aspect ratio.
 
@@ -363,6 +364,7 @@ def resize_image(
             [min_dim, min_dim] piece, for training only; "shortest_edge" see scale_shortest_edge.
         rng: draws the crop; python's global `random` if None.
         divisor, interpolation, side_rounding, padding_value: of the mode "shortest_edge".
+        zoom: times the size that all of this gives; the square of mode "square" changes with it.
 
     Returns:
         image, window, scale, padding and crop, see ResizedImage. Matterport: values are truncated
@@ -372,6 +374,7 @@ def resize_image(
         ValueError: an unknown mode, or a dimension that the mode needs is missing.
     """
     if mode == "shortest_edge" and min_dim and max_dim:
+        min_dim, max_dim = (max(1, round(zoom * side)) for side in (min_dim, max_dim))
         scaled = scale_shortest_edge(image, min_dim, max_dim, interpolation, side_rounding)
         return _pad_behind(image.shape, scaled, divisor, padding_value)
     side = {"none": 1, "square": max_dim, "pad64": 64, "crop": min_dim}.get(mode)
@@ -380,6 +383,8 @@ def resize_image(
             "mode must be none, square with max_dim, pad64, crop with min_dim or shortest_edge "
             f"with both, got mode={mode!r}, min_dim={min_dim}, max_dim={max_dim}"
         )
+    if zoom != 1 and mode in ("none", "crop"):
+        raise ValueError(f"mode {mode!r} shows images at one scale alone, got zoom {zoom}")
     height, width = image.shape[:2]
     padding = [(0, 0), (0, 0), (0, 0)]
     if mode == "none":
@@ -388,6 +393,9 @@ def resize_image(
     scale = max(1.0, min_dim / min(height, width) if min_dim else 1.0, min_scale or 1.0)
     if mode == "square" and round(max(height, width) * scale) > side:
         scale = side / max(height, width)
+    scale *= zoom
+    if mode == "square":
+        side = -(-round(side * zoom) // 64) * 64
     scaled = resize(image, _scaled_shape(image.shape, scale)) if scale != 1 else image
     height, width = scaled.shape[:2]
 
@@ -460,14 +468,14 @@ def _pad_behind(
 
 
 def resize_to_network(
-    image: np.ndarray, config: Config, rng: np.random.Generator | None = None
+    image: np.ndarray, config: Config, rng: np.random.Generator | None = None, zoom: float = 1.0
 ) -> ResizedImage:
-    """Resizes an image [H, W, C] as the config says; see resize_image.
+    """Resizes an image [H, W, C] as the config says, or to `zoom` times that; see resize_image.
 
     Raises:
         ValueError: the mode is "none" and the sides are not those of a network input.
     """
-    resized = resize_image(image, **config.resize_options, rng=rng)
+    resized = resize_image(image, **config.resize_options, rng=rng, zoom=zoom)
     height, width = resized.image.shape[:2]
     divisor = config.IMAGE_SIZE_DIVISOR
     if not are_network_sides(divisor, height, width):

@@ -47,6 +47,7 @@ import fused  # noqa: E402
 import model as modellib  # noqa: E402
 import utils  # noqa: E402
 from coco import CocoConfig  # noqa: E402
+from detections import unmold_detections  # noqa: E402
 
 NAMES = ["ours", "plain", "torchvision"]
 
@@ -194,7 +195,7 @@ def stage_seconds(model: modellib.MaskRCNN, image: np.ndarray) -> dict[str, floa
     masks = model.mask(features, rois, detections.class_ids, shape).sigmoid()
     lap("masks")
     prediction = modellib.Prediction(rpn, proposals, probs, deltas, detections, masks)
-    modellib.unmold_detections(prediction, 0, image.shape, windows[0], "full", config)
+    unmold_detections(prediction, 0, image.shape, windows[0], "full", config)
     lap("paste")
     return seconds
 

@@ -19,6 +19,7 @@ from reference_inputs import synthetic_image
 
 import model as modellib
 import utils
+from detections import unmold_detections
 from model import MaskRCNN, Rois
 from presets import Detectron2Config
 
@@ -238,7 +239,7 @@ def test_detections(network, runs, name):
     bounds = BOUNDS[config]
     for image, key in enumerate(members(name)):
         shape = read(key.removeprefix("batch/")).shape
-        found = modellib.unmold_detections(
+        found = unmold_detections(
             prediction,
             image,
             shape,
