@@ -383,24 +383,37 @@ class _Writer:
 
 @dataclass
 class _Track:
+    """An object: the part of its mask in its box (y1, x1, y2, x2) where it was last seen."""
+
     number: int
     class_id: int
-    mask: dict[str, Any]
+    box: np.ndarray
+    part: np.ndarray
+    velocity: np.ndarray  # [2] down and across, pixels per frame
     missed: int = 0
+
+    def expected(self) -> np.ndarray:
+        """Its box in the next frame, if it moves on as it did."""
+        return self.box + np.tile(self.velocity * (self.missed + 1), 2).round().astype(int)
+
+    def see(self, box: np.ndarray, part: np.ndarray) -> None:
+        moved = (box.reshape(2, 2) - self.box.reshape(2, 2)).mean(axis=0) / (self.missed + 1)
+        self.velocity = (self.velocity + moved) / 2
+        self.box, self.part, self.missed = box, part, 0
 
 
 class Tracker:
     """Gives each object of a video a number that it keeps from frame to frame.
 
-    An object is the one before of its class whose mask it covers best; pairs are chosen such that
-    the sum of their IoU is largest. One that is not found stays known where it was last seen.
+    An object is the one before of its class whose mask, moved on as it moved until then, it covers
+    best; pairs are chosen such that the sum of their IoU is largest.
 
     Args:
         least_iou: of two masks, below which they are not of one object.
-        patience: how many times in a row an object may be missed.
+        patience: how many frames in a row an object may be missed.
     """
 
-    def __init__(self, least_iou: float = 0.2, patience: int = 5) -> None:
+    def __init__(self, least_iou: float = 0.2, patience: int = 10) -> None:
         self.least_iou, self.patience = least_iou, patience
         self.count = 0  # of the objects so far
         self._tracks: list[_Track] = []
@@ -411,30 +424,42 @@ class Tracker:
         Args:
             result: of MaskRCNN.detect(..., masks="rle").
         """
-        class_ids, masks = result["class_ids"].tolist(), result["masks"]
-        overlaps = _mask_overlaps(masks, [track.mask for track in self._tracks])
-        same = np.equal.outer(class_ids, [track.class_id for track in self._tracks])
-        overlaps = overlaps * same
+        class_ids, parts = result["class_ids"].tolist(), map(utils.rle_decode_part, result["masks"])
+        found = [(np.array(box), part) for box, part in parts]
+        overlaps = np.zeros((len(found), len(self._tracks)))
+        for j, track in enumerate(self._tracks):
+            box = track.expected()
+            for i, (class_id, other) in enumerate(zip(class_ids, found, strict=True)):
+                if class_id == track.class_id:
+                    overlaps[i, j] = _mask_iou(*other, box, track.part)
+        overlaps[overlaps < self.least_iou] = 0
         pairs = zip(*linear_sum_assignment(overlaps, maximize=True), strict=True)
-        known = {i: self._tracks[j] for i, j in pairs if overlaps[i, j] >= self.least_iou}
-        for track in self._tracks:
+        known = {i: self._tracks[j] for i, j in pairs if overlaps[i, j] > 0}
+        for i, (class_id, (box, part)) in enumerate(zip(class_ids, found, strict=True)):
+            if i in known:
+                known[i].see(box, part)
+                continue
+            self.count += 1
+            known[i] = _Track(self.count, class_id, box, part, np.zeros(2))
+        seen = [known[i] for i in range(len(found))]
+        numbers = [track.number for track in seen]
+        missed = [track for track in self._tracks if track.number not in numbers]
+        for track in missed:
             track.missed += 1
-        numbers = []
-        for i, (class_id, mask) in enumerate(zip(class_ids, masks, strict=True)):
-            if i not in known:
-                self.count += 1
-                known[i] = _Track(self.count, class_id, mask)
-                self._tracks.append(known[i])
-            known[i].mask, known[i].missed = mask, 0
-            numbers.append(known[i].number)
-        self._tracks = [track for track in self._tracks if track.missed <= self.patience]
+        self._tracks = seen + [track for track in missed if track.missed <= self.patience]
         return numbers
 
 
-def _mask_overlaps(masks1: list[dict[str, Any]], masks2: list[dict[str, Any]]) -> np.ndarray:
-    """IoU [N, M] of masks in run lengths."""
-    from pycocotools import mask as coco_mask
-
-    if not masks1 or not masks2:
-        return np.zeros((len(masks1), len(masks2)))
-    return np.asarray(coco_mask.iou(masks1, masks2, [0] * len(masks2)))
+def _mask_iou(box1: np.ndarray, part1: np.ndarray, box2: np.ndarray, part2: np.ndarray) -> float:
+    """IoU of two masks, each the part [h, w] in a box (y1, x1, y2, x2)."""
+    y1, x1 = np.maximum(box1[:2], box2[:2])
+    y2, x2 = np.minimum(box1[2:], box2[2:])
+    if y1 >= y2 or x1 >= x2:
+        return 0.0
+    inside1, inside2 = (
+        part[y1 - box[0] : y2 - box[0], x1 - box[1] : x2 - box[1]]
+        for box, part in ((box1, part1), (box2, part2))
+    )
+    intersection = np.count_nonzero(inside1 & inside2)
+    union = np.count_nonzero(part1) + np.count_nonzero(part2) - intersection
+    return intersection / union
