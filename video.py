@@ -226,7 +226,7 @@ class Video:
             of = f" of {float(duration):.1f}" if duration is not None else ""
             self.problem = f"it breaks off after {float(end):.1f}{of} s{error_text}"
         elif damaged:
-            self.problem = f"{damaged} of its packets are damaged"
+            self.problem = f"packets are damaged: {damaged}"
 
 
 def _upright(decoded: "av.VideoFrame", pixels: np.ndarray) -> np.ndarray:
@@ -272,7 +272,7 @@ def redraw(
             written.
     """
     count = 0
-    with Video(source) as clip, tqdm(total=clip.frame_count, unit="frame") as bar:
+    with Video(source) as clip, tqdm(total=clip.frame_count, unit=" frames") as bar:
 
         def pictures() -> Iterator[tuple[Frame, Any]]:
             nonlocal count
