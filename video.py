@@ -35,8 +35,8 @@ SUFFIXES = frozenset(
 )
 # Seconds after which a stream that sends nothing has ended.
 TIMEOUT = 10.0
-# What a player may show of a video that is cut off, at most; durations in files are not exact.
-_COMPLETE = 0.95
+# The share of its duration that a whole video has; what files say of it is not exact.
+_COMPLETE = Fraction(95, 100)
 _BT709 = 1  # the matrix of colours, as H.264 numbers it
 
 
@@ -221,8 +221,8 @@ class Video:
             yield from frames
             if packet is None:
                 break
-        duration, end = self._duration(), end - self.start
-        if error_text or (duration is not None and end < _COMPLETE * duration):
+        duration = self._duration()
+        if error_text or (duration is not None and end + 1 / self.rate < _COMPLETE * duration):
             of = f" of {float(duration):.1f}" if duration is not None else ""
             self.problem = f"it breaks off after {float(end):.1f}{of} s{error_text}"
         elif damaged:
@@ -397,8 +397,10 @@ class _Track:
         return self.box + np.tile(self.velocity * (self.missed + 1), 2).round().astype(int)
 
     def see(self, box: np.ndarray, part: np.ndarray) -> None:
-        moved = (box.reshape(2, 2) - self.box.reshape(2, 2)).mean(axis=0) / (self.missed + 1)
-        self.velocity = (self.velocity + moved) / 2
+        edges = (box - self.box).reshape(2, 2) / (self.missed + 1)
+        # Of two opposite edges, that which something hides moves as it should not.
+        odd = np.abs(edges - self.velocity).argmin(axis=0)
+        self.velocity = (self.velocity + edges[odd, [0, 1]]) / 2
         self.box, self.part, self.missed = box, part, 0
 
 
