@@ -198,29 +198,28 @@ class Video:
     def _decoded(self) -> "Iterator[av.VideoFrame]":
         import av
 
-        damaged, end, error_text = 0, Fraction(0), ""
         packets = self._container.demux([s for s in (self.stream, self.audio) if s is not None])
-        while True:
+        packet: av.Packet | None
+        damaged, end, ending, error_text = 0, Fraction(0), False, ""
+        while not ending:
             try:
-                packet = next(packets, None)
-            except av.FFmpegError as error:
-                packet, error_text = None, f": {error.strerror}"
-            if packet is not None and packet.pts is not None and packet.time_base is not None:
-                end = max(end, (packet.pts + (packet.duration or 0)) * packet.time_base)
-            if packet is not None and packet.stream is not self.stream:
-                self._audio_packets.append(packet)
-                continue
+                packet = next(packets)
+            except (StopIteration, av.FFmpegError) as error:
+                packet, ending = None, True  # which asks the decoder for what it has left
+                error_text = f": {error.strerror}" if isinstance(error, av.FFmpegError) else ""
+            if packet is not None:
+                if packet.pts is not None and packet.time_base is not None:
+                    end = max(end, (packet.pts + (packet.duration or 0)) * packet.time_base)
+                if packet.stream is not self.stream:
+                    self._audio_packets.append(packet)
+                    continue
             try:
                 frames = self.stream.decode(packet)
                 damaged += packet is not None and packet.is_corrupt
-            except av.EOFError:  # it was flushed before
+            except av.FFmpegError as error:
                 frames = []
-            except av.FFmpegError:
-                frames = []
-                damaged += 1
+                damaged += not isinstance(error, av.EOFError)  # where it had nothing left
             yield from frames
-            if packet is None:
-                break
         duration = self._duration()
         if error_text or (duration is not None and end + 1 / self.rate < _COMPLETE * duration):
             of = f" of {float(duration):.1f}" if duration is not None else ""

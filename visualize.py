@@ -392,7 +392,7 @@ def paint_instances(
     captions: Sequence[str] | None = None,
     alpha: float = 0.5,
 ) -> np.ndarray:
-    """draw_instances for the frames of a video: some milliseconds, and labels that stay in place.
+    """draw_instances for the frames of a video: several times as fast, and labels stay in place.
 
     Lines are whole pixels, and a label is always above its box, or inside where there is no room.
     Arguments and result are those of draw_instances.

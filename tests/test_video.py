@@ -4,6 +4,7 @@ import contextlib
 import functools
 import http.server
 import json
+import resource
 import shutil
 import struct
 import subprocess
@@ -384,6 +385,19 @@ def test_what_cannot_be_encoded_is_an_error_of_one_line(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
 
 
+def test_a_full_disk_is_an_error_of_one_line(tmp_path):
+    source = write_clip(tmp_path / "a.mp4")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        with pytest.raises((OSError, ValueError)) as error:
+            copy(source, tmp_path / "copy.mp4")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+
 # --- Names and streams ---------------------------------------------------------------------------
 
 
@@ -422,6 +436,33 @@ def test_a_stream_is_read_from_its_url(tmp_path):
         finally:
             server.shutdown()
     np.testing.assert_allclose(read(tmp_path / "copy.mp4")[1], np.arange(COUNT) / 25, atol=1e-4)
+
+
+def test_a_stream_that_falls_silent_has_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(video, "TIMEOUT", 1.0)
+    data = write_clip(tmp_path / "a.ts", gop=1).read_bytes()
+    enough = threading.Event()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(data[: len(data) * 3 // 4])
+            enough.wait(20)
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/a.ts"
+        try:
+            count, problem = copy(url, tmp_path / "copy.mp4")
+        finally:
+            enough.set()
+            server.shutdown()
+    assert 10 <= count == len(read(tmp_path / "copy.mp4")[0]) < COUNT
+    assert problem.startswith("it breaks off after ")
 
 
 def test_without_pyav_one_line_says_what_to_install(tmp_path, monkeypatch, capsys):
