@@ -212,7 +212,8 @@ def detect(args: argparse.Namespace) -> int:
             print(f"demo.py: skipped {name}: no such file in {args.images[0]}", file=sys.stderr)
             status = 1
     else:
-        ids, images = {}, dict.fromkeys(find_images([i for i in args.images if i not in videos]))
+        ids = {}
+        images = dict.fromkeys(find_images([name for name in args.images if name not in videos]))
     if not args.images:
         images = {Path(stem): image for stem, image in sample_images(model_name).items()}
     for file in (args.results, args.coco):

@@ -206,7 +206,10 @@ class Video:
                 packet = next(packets)
             except (StopIteration, av.FFmpegError) as error:
                 packet, ending = None, True  # which asks the decoder for what it has left
-                error_text = f": {error.strerror}" if isinstance(error, av.FFmpegError) else ""
+                if isinstance(error, av.ExitError):
+                    error_text = f": nothing came for {TIMEOUT:g} s"
+                elif isinstance(error, av.FFmpegError):
+                    error_text = f": {error.strerror}"
             if packet is not None:
                 if packet.pts is not None and packet.time_base is not None:
                     end = max(end, (packet.pts + (packet.duration or 0)) * packet.time_base)
@@ -223,7 +226,7 @@ class Video:
         duration = self._duration()
         if error_text or (duration is not None and end + 1 / self.rate < _COMPLETE * duration):
             of = f" of {float(duration):.1f}" if duration is not None else ""
-            self.problem = f"it breaks off after {float(end):.1f}{of} s{error_text}"
+            self.problem = f"it breaks off after {float(end - self.start):.1f}{of} s{error_text}"
         elif damaged:
             self.problem = f"packets are damaged: {damaged}"
 
