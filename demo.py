@@ -1,4 +1,4 @@
-"""Detects objects in photographs and draws them.
+"""Detects objects in photographs and videos and draws them.
 
 python demo.py                                    # coins and shapes: nothing to download
 python demo.py street.jpg holiday/ --output out   # files and folders, 80 classes of COCO
@@ -7,6 +7,7 @@ python demo.py street.jpg --stages --json         # the pipeline's stages, COCO-
 python demo.py cells.png --model nuclei           # cell nuclei under the microscope
 python demo.py mine.jpg --model logs/.../best.pth # a model of your own
 python demo.py city.tif --tile 1024 --overlap 200 # a large image, in windows
+python demo.py clip.mp4 --every 2 --json          # a video: objects keep their colour and number
 python demo.py photos --coco found.json --polygons # annotations to correct and to train on
 python demo.py test2017 --list image_info_test-dev2017.json --results results.json --no-pictures
 """
@@ -33,6 +34,7 @@ import model as modellib
 import outlines
 import tiles
 import utils
+import video
 from annotations import read_json
 from config import Config
 from detections import unmold_boxes, unmold_detections
@@ -146,10 +148,65 @@ def look(
     return result, {**pictures, "4_final" if args.stages else "detections": picture}
 
 
+def look_at_video(
+    model: modellib.MaskRCNN, source: str, name: str, names: list[str], args: argparse.Namespace
+) -> int:
+    """Detects in a video, and draws into a copy of it; returns 1 if it could not be read whole."""
+    tracker, target, lines = video.Tracker(), None, Path(args.output, f"{name}.jsonl")
+    if args.pictures:
+        target = Path(args.output, f"{name}_detections.mp4")
+    result: dict[str, Any] = {}
+    numbers: list[int] = []
+
+    def draw(frame: video.Frame) -> np.ndarray | None:
+        nonlocal result, numbers
+        if frame.index % args.every == 0:
+            image = frame.grey if model.config.IMAGE_CHANNEL_COUNT == 1 else frame.image
+            result = model.detect([image], masks="rle")[0]
+            numbers = tracker.update(result)
+            if args.json:
+                found = coco.build_coco_results(frame.index, result, category_ids(names))
+                found = as_polygons(found) if args.polygons else found
+                found = [{**f, "track_id": n} for f, n in zip(found, numbers, strict=True)]
+                line = {"frame": frame.index, "time": frame.time, "detections": found}
+                with lines.open("a" if frame.index else "w") as file:
+                    print(json.dumps(line), file=file)
+        if target is None:
+            return None
+        import visualize
+
+        class_ids, scores = result["class_ids"], result["scores"]
+        texts = zip(class_ids, numbers, scores, strict=True)
+        return visualize.paint_instances(
+            frame.image,
+            result["rois"],
+            result["masks"],
+            class_ids,
+            names,
+            colors=[visualize.hue_color(number) for number in numbers],
+            captions=[f"{names[i]} #{number} {score:.2f}" for i, number, score in texts],
+        )
+
+    count, problem = video.redraw(source, target, draw)
+    where = f", {target}" if target is not None else ""
+    print(f"{source}: {count} frames, {tracker.count} objects{where}")
+    if problem is not None:
+        print(f"demo.py: {source}: {problem}; {count} frames could be read", file=sys.stderr)
+    return int(problem is not None)
+
+
+def category_ids(names: list[str]) -> list[int] | None:
+    """COCO's ids of COCO's classes by class id; other classes have none but their class ids."""
+    return coco.CATEGORY_IDS if names == coco.CLASS_NAMES else None
+
+
 def detect(args: argparse.Namespace) -> int:
-    """Does what the command line asks; returns 1 if there was an image that cannot be used."""
+    """Does what the command line asks; returns 1 if something could not be read, or not whole."""
     model_name = args.model or ("coco" if args.images else "shapes")
     status = 0
+    videos = [name for name in args.images if video.is_video(name)]
+    for source in videos:
+        video.check(source)
     images: dict[Path, np.ndarray | None]
     if args.list is not None:
         ids, missing = listed_images(args.list, args.images)
@@ -158,7 +215,8 @@ def detect(args: argparse.Namespace) -> int:
             print(f"demo.py: skipped {name}: no such file in {args.images[0]}", file=sys.stderr)
             status = 1
     else:
-        ids, images = {}, dict.fromkeys(find_images(args.images))
+        ids = {}
+        images = dict.fromkeys(find_images([name for name in args.images if name not in videos]))
     if not args.images:
         images = {Path(stem): image for stem, image in sample_images(model_name).items()}
     for file in (args.results, args.coco):
@@ -167,7 +225,6 @@ def detect(args: argparse.Namespace) -> int:
     options = {"DETECTION_MIN_CONFIDENCE": args.min_confidence, **cli.config_options(args)}
     model = modellib.MaskRCNN.from_weights(model_name, **options).to(args.device)
     names = class_names(model.config)
-    category_ids = coco.CATEGORY_IDS if names == coco.CLASS_NAMES else None
     output = Path(args.output)
     if args.pictures or args.json:
         output.mkdir(parents=True, exist_ok=True)
@@ -186,11 +243,9 @@ def detect(args: argparse.Namespace) -> int:
             tqdm.write(f"demo.py: skipped {path}: {cli.one_line(error)}", file=sys.stderr)
             status = 1
             continue
-        stems = itertools.chain([path.stem], (f"{path.stem}-{i}" for i in itertools.count(2)))
-        name = next(stem for stem in stems if stem not in used)
-        used.add(name)
+        name = unused(path.stem, used)
         image_id = ids.get(path, int(name) if name.isdecimal() else name)
-        found = coco.build_coco_results(image_id, result, category_ids)
+        found = coco.build_coco_results(image_id, result, category_ids(names))
         if args.results is not None or args.coco is not None:
             records.append(coco_export.image_record(image_id, path, folder, image.shape[:2]))
             all_results += found
@@ -204,13 +259,29 @@ def detect(args: argparse.Namespace) -> int:
             import visualize
 
             visualize.display_images([picture], [name], cols=1, show=True)
+    for source in videos:
+        name = unused(video.output_name(source), used)
+        try:
+            status |= look_at_video(model, source, name, names, args)
+        except cli.EXPECTED as error:
+            print(f"demo.py: skipped {source}: {cli.one_line(error)}", file=sys.stderr)
+            status = 1
     if args.results is not None:
         write(Path(args.results), all_results)
     if args.coco is not None:
-        content = coco_export.to_coco(records, all_results, names, category_ids, args.polygons)
+        ids_of_classes = category_ids(names)
+        content = coco_export.to_coco(records, all_results, names, ids_of_classes, args.polygons)
         write(Path(args.coco), content)
         print(f"{args.coco}: annotations of the images in {folder}")
     return status
+
+
+def unused(stem: str, used: set[str]) -> str:
+    """A name for what is written that nothing else has, and which it then has."""
+    stems = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
+    name = next(stem for stem in stems if stem not in used)
+    used.add(name)
+    return name
 
 
 def listed_images(file: str, folders: Sequence[str]) -> tuple[dict[Path, int | str], list[str]]:
@@ -242,8 +313,9 @@ def listed_images(file: str, folders: Sequence[str]) -> tuple[dict[Path, int | s
 
 
 def common_folder(paths: Sequence[Path]) -> str:
-    """The folder that all images are in."""
-    return os.path.relpath(os.path.commonpath([path.parent.absolute() for path in paths]))
+    """The folder that all images are in; without any, the current one."""
+    folders = [path.parent.absolute() for path in paths]
+    return os.path.relpath(os.path.commonpath(folders or [Path.cwd()]))
 
 
 def below(model: modellib.MaskRCNN, image: np.ndarray) -> str:
@@ -271,11 +343,11 @@ def build_parser() -> cli.Parser:
     """The parser of the command line."""
     parser = cli.Parser(prog="demo.py", description=__doc__)
     add = parser.add_argument
-    add("images", nargs="*", metavar="IMAGE|FOLDER", help="what to look at")
+    add("images", nargs="*", metavar="IMAGE|FOLDER|VIDEO", help="what to look at")
     names = ", ".join([*SHIPPED, *PUBLISHED])
     text = f"{names}, or a file (.h5, .pth, .pkl); default: coco (shapes without IMAGE)"
     add("--model", metavar="NAME|FILE", help=text)
-    add("--output", default="out", metavar="DIR", help="of the pictures; default: out")
+    add("--output", default="out", metavar="DIR", help="of what is written; default: out")
     cli.add_device(parser)
     cli.add_bit_depth(parser)
     cli.add_views(parser)
@@ -283,6 +355,8 @@ def build_parser() -> cli.Parser:
     add("--min-confidence", type=cli.share, default=0.7, metavar="X", help=text)
     add("--stages", action="store_true", help="draw the four stages as well")
     add("--json", action="store_true", help="write results in COCO's format as well")
+    text = "detect in every Nth frame of a video and show that in those between; default: 1"
+    add("--every", type=cli.whole(1), default=1, metavar="N", help=text)
     text = "write the results of all images into one file, as evaluation servers take it"
     add("--results", metavar="OUT.json", help=text)
     text = "write all detections as annotations: images, annotations and categories"
@@ -306,6 +380,11 @@ def check(args: argparse.Namespace) -> None:
     views = (args.DETECTION_TILE, args.DETECTION_SCALES, args.DETECTION_FLIPS)
     if args.stages and any(view is not None for view in views):
         raise ValueError("--stages shows images as a whole, without --tile, --scale and --flip")
+    if any(map(video.is_video, args.images)):
+        if args.list or args.results or args.coco or args.stages or args.show:
+            raise ValueError("--list, --results, --coco, --stages and --show are not for videos")
+    elif args.every > 1:
+        raise ValueError("--every is for videos")
     if not args.pictures and (args.stages or args.show):
         raise ValueError("--no-pictures does not go with --stages and --show")
 

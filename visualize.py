@@ -4,12 +4,14 @@ Images are RGB, [H, W, 3] uint8 or what utils.as_uint8_image makes that of. Boxe
 [N, (y1, x1, y2, x2)] in image pixels, half-open; an instance with an empty box is not drawn. Masks
 are [H, W, N] bool or a list of N run-length dicts, drawn inside their boxes only.
 
-draw_instances and the draw_*_stage functions return a uint8 picture and touch no global state. The
-others draw on the given `ax` or on a figure of their own. Only display_* show that figure, and only
-on a backend that can: headless, they draw, save to `save_path` and return all the same.
+draw_instances, paint_instances and the draw_*_stage functions return a uint8 picture and touch no
+global state. The others draw on the given `ax` or on a figure of their own. Only display_* show
+that figure, and only on a backend that can: headless, they draw, save to `save_path` and return all
+the same.
 """
 
 import colorsys
+import functools
 import html
 import math
 import sys
@@ -24,6 +26,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont
+from PIL import Image, ImageDraw, ImageFont
 from skimage.measure import find_contours
 from torch import nn
 
@@ -51,7 +55,8 @@ LOSS_NAMES = (
 # --- Colours and pixels --------------------------------------------------------------------------
 
 
-def _hue_color(start: float, index: int, bright: bool = True) -> tuple[float, float, float]:
+def hue_color(index: int, start: float = 0.0, bright: bool = True) -> tuple[float, float, float]:
+    """The RGB colour in 0..1 of class or object number `index`; `start` is the hue of number 0."""
     # Steps of the golden ratio spread hues evenly however many there are; two saturations tell
     # apart those that come close after some steps.
     saturation = (0.85, 0.6)[index // 5 % 2]
@@ -63,7 +68,12 @@ def random_colors(
 ) -> list[tuple[float, float, float]]:
     """N distinct RGB colours in 0..1, neighbours far apart; the same ones for the same `seed`."""
     start = np.random.default_rng(seed).random()
-    return [_hue_color(start, i, bright) for i in range(N)]
+    return [hue_color(i, start, bright) for i in range(N)]
+
+
+def _ink(color: np.ndarray) -> str:
+    """Of letters on this colour."""
+    return "black" if color @ (0.299, 0.587, 0.114) > 0.55 else "white"
 
 
 def _instance_colors(colors: Colors, class_ids: np.ndarray) -> np.ndarray:
@@ -73,7 +83,7 @@ def _instance_colors(colors: Colors, class_ids: np.ndarray) -> np.ndarray:
     elif isinstance(colors, str):
         if colors != "class":
             raise ValueError(f'colors must be "class" or one colour per instance, got "{colors}"')
-        colors = [_hue_color(0, abs(int(class_id))) for class_id in class_ids]
+        colors = [hue_color(abs(int(class_id))) for class_id in class_ids]
     elif len(colors) != len(class_ids):
         raise ValueError(f"colors must hold one per instance, {len(class_ids)}, got {len(colors)}")
     return np.array([to_rgb(color) for color in colors]).reshape(-1, 3)
@@ -108,11 +118,38 @@ def _pixel_box(box: np.ndarray, shape: Sequence[int]) -> tuple[int, int, int, in
     return y1, x1, y2, x2
 
 
+def _boxed_mask(
+    box: np.ndarray, masks: Masks, i: int, shape: Sequence[int]
+) -> tuple[tuple[int, int, int, int], np.ndarray]:
+    """The whole pixels that a box touches, and what a mask has there."""
+    y1, x1, y2, x2 = _pixel_box(box, shape)
+    mask: Any = masks[y1:y2, x1:x2, i] if isinstance(masks, np.ndarray) else masks[i]
+    if isinstance(mask, dict):
+        (top, left, _, _), part = utils.rle_decode_part(mask)
+        mask = np.zeros((y2 - y1, x2 - x1), dtype=bool)
+        low, right = max(top, y1), max(left, x1)
+        piece = part[low - top : max(y2 - top, 0), right - left : max(x2 - left, 0)]
+        mask[low - y1 :, right - x1 :][: piece.shape[0], : piece.shape[1]] = piece
+    return (y1, x1, y2, x2), np.ascontiguousarray(mask)
+
+
 def _by_area(boxes: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     """Indices of the boxes that are not empty inside the image, largest first."""
     sides = boxes[:, 2:4].clip(0, shape[:2]) - boxes[:, :2].clip(0, shape[:2])
     valid = np.flatnonzero((sides > 0).all(axis=1))
     return valid[np.argsort(-sides[valid].prod(axis=1), kind="stable")]
+
+
+def _check_counts(
+    boxes: np.ndarray, masks: Masks | None, class_ids: np.ndarray, captions: Sequence[str] | None
+) -> None:
+    counts = {"boxes": len(boxes), "class_ids": len(class_ids)}
+    if masks is not None:
+        counts["masks"] = masks.shape[-1] if isinstance(masks, np.ndarray) else len(masks)
+    if captions is not None:
+        counts["captions"] = len(captions)
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"each must hold one entry per instance, got {counts}")
 
 
 def _captions(
@@ -156,11 +193,15 @@ def _render(figure: Figure) -> np.ndarray:
     return np.asarray(renderer.buffer_rgba())[..., :3].copy()
 
 
+def _picture_dpi(image: np.ndarray) -> float:
+    height, width = image.shape[:2]
+    return float(np.clip(math.sqrt(height * width) / 8, 80, 600))
+
+
 def _picture_axes(image: np.ndarray) -> Axes:
     """Axes that fill a picture of the image's size."""
     height, width = image.shape[:2]
-    dpi = float(np.clip(math.sqrt(height * width) / 8, 80, 600))
-    return _canvas(height, width, dpi).add_axes((0, 0, 1, 1))
+    return _canvas(height, width, _picture_dpi(image)).add_axes((0, 0, 1, 1))
 
 
 def _render_picture(ax: Axes) -> np.ndarray:
@@ -210,14 +251,7 @@ def _draw_masks(
     """Blends masks into `image` in place, large ones first, and draws their contours on `ax`."""
     contours, contour_colors = [], []
     for i in _by_area(boxes, image.shape):
-        y1, x1, y2, x2 = _pixel_box(boxes[i], image.shape)
-        if isinstance(masks, np.ndarray):
-            mask = masks[y1:y2, x1:x2, i]
-        elif isinstance(masks[i], dict):
-            mask = utils.rle_decode(masks[i])[y1:y2, x1:x2]
-        else:
-            mask = masks[i]
-        mask = np.ascontiguousarray(mask)
+        (y1, x1, y2, x2), mask = _boxed_mask(boxes[i], masks, i, image.shape)
         apply_mask(image[y1:y2, x1:x2], mask, colors[i], alpha)
         step = 1 + max(mask.shape) // 1500  # finer than the line is wide, and quick when huge
         padded = np.pad(mask[::step, ::step], 1).astype(np.float32)
@@ -271,7 +305,7 @@ def _draw_labels(
     for i, (y1, x1, y2, x2) in zip(order, edges, strict=True):
         if not captions[i]:
             continue
-        ink = "black" if colors[i] @ (0.299, 0.587, 0.114) > 0.55 else "white"
+        ink = _ink(colors[i])
         patch = {"boxstyle": LABEL_STYLE, "facecolor": colors[i], "edgecolor": "none"}
         text = ax.text(0, 0, captions[i], size=FONT_SIZE, color=ink, va="bottom", bbox=patch)
         text.set(parse_math=False, clip_on=True)
@@ -346,6 +380,77 @@ def draw_instances(
     return _render_picture(ax)
 
 
+def paint_instances(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    masks: Masks | None,
+    class_ids: np.ndarray,
+    class_names: Sequence[str],
+    scores: np.ndarray | None = None,
+    *,
+    colors: Colors = None,
+    captions: Sequence[str] | None = None,
+    alpha: float = 0.5,
+) -> np.ndarray:
+    """draw_instances for the frames of a video: several times as fast, and labels stay in place.
+
+    Lines are whole pixels, and a label is always above its box, or inside where there is no room.
+    Arguments and result are those of draw_instances.
+    """
+    _check_counts(boxes, masks, class_ids, captions)
+    image = utils.as_uint8_image(image).copy()
+    rgb = _instance_colors(colors, class_ids)
+    order = _by_area(boxes, image.shape)
+    solid, dpi = np.rint(255 * rgb).astype(np.uint8), _picture_dpi(image)
+    line = max(1, round(LINE_WIDTH * dpi / 72))
+    for i in order:
+        if masks is None:
+            break
+        (y1, x1, y2, x2), mask = _boxed_mask(boxes[i], masks, i, image.shape)
+        inside = image[y1:y2, x1:x2]
+        apply_mask(inside, mask, rgb[i], alpha)
+        inside[_edge(mask, line)] = solid[i]
+    for i in order:
+        y1, x1, y2, x2 = _pixel_box(boxes[i], image.shape)
+        inside = image[y1:y2, x1:x2]
+        inside[:line] = inside[-line:] = inside[:, :line] = inside[:, -line:] = solid[i]
+    captions = _captions(class_ids, class_names, scores) if captions is None else captions
+    for i in order:
+        if captions[i]:
+            y1, x1, _, _ = _pixel_box(boxes[i], image.shape)
+            label = _label(captions[i], rgb[i], FONT_SIZE * dpi / 72)[: image.shape[0]]
+            height, width = label.shape[:2]
+            y1, x1 = y1 - height if y1 >= height else y1, max(0, min(x1, image.shape[1] - width))
+            place = image[y1 : y1 + height, x1 : x1 + width]
+            place[:] = label[: place.shape[0], : place.shape[1]]
+    return image
+
+
+def _label(caption: str, color: np.ndarray, size: float) -> np.ndarray:
+    """[h, w, 3] uint8: letters `size` pixels high on a patch of this colour."""
+    font = _font(max(8, round(size)))
+    padding = round(LABEL_PADDING * size)
+    width = math.ceil(font.getlength(caption)) + 2 * padding
+    red, green, blue = np.rint(255 * color).astype(int).tolist()
+    patch = Image.new("RGB", (width, sum(font.getmetrics()) + padding), (red, green, blue))
+    ImageDraw.Draw(patch).text((padding, padding // 2), caption, fill=_ink(color), font=font)
+    return np.asarray(patch)
+
+
+@functools.lru_cache(maxsize=16)
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """The font that comes with matplotlib."""
+    return ImageFont.truetype(findfont("DejaVu Sans"), size)
+
+
+def _edge(mask: np.ndarray, width: int) -> np.ndarray:
+    """The pixels of a mask [H, W] from which a step of `width` pixels leads out of it."""
+    padded = np.pad(mask.astype(bool, copy=False), width)
+    inner, outer = slice(width, -width), (slice(None, -2 * width), slice(2 * width, None))
+    beside = [padded[side, inner] for side in outer] + [padded[inner, side] for side in outer]
+    return padded[inner, inner] & ~np.logical_and.reduce(beside)
+
+
 def display_instances(
     image: np.ndarray,
     boxes: np.ndarray,
@@ -366,13 +471,7 @@ def display_instances(
     save_path: str | Path | None = None,
 ) -> Axes:
     """Draws instances on `ax`, or shows them on a figure of `figsize`; see draw_instances."""
-    counts = {"boxes": len(boxes), "class_ids": len(class_ids)}
-    if masks is not None:
-        counts["masks"] = masks.shape[-1] if isinstance(masks, np.ndarray) else len(masks)
-    if captions is not None:
-        counts["captions"] = len(captions)
-    if len(set(counts.values())) > 1:
-        raise ValueError(f"each must hold one entry per instance, got {counts}")
+    _check_counts(boxes, masks, class_ids, captions)
     show = show and ax is None
     ax = ax or _figure(figsize, show).add_subplot()
     image = utils.as_uint8_image(image).copy()

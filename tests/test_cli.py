@@ -14,10 +14,10 @@ import coco
 import demo
 import distributed
 import weights
-from samples import custom, nuclei, shapes
+from samples import color_splash, custom, nuclei, shapes
 
 COMMANDS = {"coco": coco, "demo": demo, "weights": weights}
-COMMANDS |= {"custom": custom, "nuclei": nuclei, "shapes": shapes}
+COMMANDS |= {"color_splash": color_splash, "custom": custom, "nuclei": nuclei, "shapes": shapes}
 
 
 def outcome(function, arguments=(), **options):

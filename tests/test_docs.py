@@ -20,6 +20,7 @@ import pytest
 import torch
 from conftest import ROOT, TinyNetwork
 from PIL import Image
+from test_video import write_clip
 
 import coco
 import config as configlib
@@ -42,6 +43,7 @@ ONLY_PARSED = {
     "test2017": "needs MS COCO",
     "--dataset DIR": "needs the photographs of BBBC038",
     "weights.py download": "needs the network",
+    "rtsp://": "needs a camera",
     "--model torchvision": "needs the network",
     "samples/shapes.py train": "takes an hour",
     "benchmarks/": "takes minutes",
@@ -228,6 +230,7 @@ def workplace(tmp_path, monkeypatch):
         "party.jpg",
     ):
         photo(tmp_path / name, rng)
+    write_clip(tmp_path / "clip.mp4", [utils.load_image(tmp_path / "new.jpg")] * 4)
     photos = [tmp_path / "photos" / f"{i}.png" for i in range(1, 6)]
     for path in photos:
         photo(path, rng)

@@ -13,6 +13,7 @@ from conftest import ROOT
 ORDER = re.findall(r"^\| `(\w+)/?` +\|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
 # What is slow to import, or may be missing, is imported by these alone.
 ONLY_IN = {
+    "av": {"video"},
     "h5py": {"keras_h5"},
     "matplotlib": {"visualize"},
     "pycocotools": {"evaluation"},

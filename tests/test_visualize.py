@@ -17,6 +17,8 @@ import utils
 import visualize
 
 NAMES = ["BG", "cat", "dog", "bird"]
+# Both draw instances, the second one for the frames of videos.
+both = pytest.mark.parametrize("draw", [visualize.draw_instances, visualize.paint_instances])
 NONE = np.zeros((0, 4)), np.zeros((60, 80, 0), bool), np.zeros(0, int), NAMES, np.zeros(0)
 
 
@@ -125,10 +127,11 @@ def test_draw_box_paints_two_pixels_inside_the_box():
 @pytest.mark.parametrize(
     "shape", [(16, 16), (61, 97), (97, 61), (1023, 517), (421, 1000), (1000, 421)]
 )
-def test_no_instances_leave_the_image_as_it_is(shape):
+@both
+def test_no_instances_leave_the_image_as_it_is(draw, shape):
     image = np.random.default_rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8)
     masks = np.zeros((*shape, 0), bool)
-    picture = visualize.draw_instances(image, np.zeros((0, 4)), masks, np.zeros(0, int), NAMES)
+    picture = draw(image, np.zeros((0, 4)), masks, np.zeros(0, int), NAMES)
     assert picture.dtype == np.uint8
     assert picture is not image
     np.testing.assert_array_equal(picture, image)
@@ -287,12 +290,12 @@ def test_colors_by_class():
     assert (by_instance[60, 110] != by_instance[160, 270]).any()
 
 
-def test_empty_boxes_are_not_drawn(image):
+@both
+def test_empty_boxes_are_not_drawn(draw, image):
     boxes = np.array([[0, 0, 0, 0], [10, 10, 10, 30], [30, 30, 20, 40], [70, 90, 80, 99]], float)
     boxes = np.vstack([boxes, np.full((1, 4), np.nan)])
     masks, class_ids = np.ones((60, 80, 5), bool), np.ones(5, int)
-    picture = visualize.draw_instances(image, boxes, masks, class_ids, NAMES)
-    np.testing.assert_array_equal(picture, image)
+    np.testing.assert_array_equal(draw(image, boxes, masks, class_ids, NAMES), image)
 
 
 @pytest.mark.parametrize(
@@ -305,10 +308,79 @@ def test_empty_boxes_are_not_drawn(image):
         ({"colors": "clas"}, 'colors must be "class"'),
     ],
 )
-def test_instances_must_agree(image, change, message):
+@both
+def test_instances_must_agree(draw, image, change, message):
     one = {"boxes": np.ones((1, 4)), "masks": None, "class_ids": np.ones(1, int)}
     with pytest.raises(ValueError, match=message):
-        visualize.draw_instances(image, **one | {"class_names": NAMES} | change)
+        draw(image, **one | {"class_names": NAMES} | change)
+
+
+# --- Frames of videos ----------------------------------------------------------------------------
+
+
+def test_painted_instances_look_like_drawn_ones():
+    image = np.random.default_rng(2).integers(0, 256, (200, 300, 3), dtype=np.uint8)
+    before = image.copy()
+    boxes, masks, class_ids = scene()
+    options = {"colors": [(1, 0, 0), (0, 0, 1), "lime"], "captions": [""] * 3, "alpha": 0.4}
+    drawn, painted = (
+        f(image, boxes, masks, class_ids, NAMES, **options)
+        for f in (visualize.draw_instances, visualize.paint_instances)
+    )
+    np.testing.assert_array_equal(image, before)
+    inside = disk(200, 300, 100, 150, 60) & ~disk(200, 300, 100, 150, 32)
+    assert inside.sum() > 5000
+    np.testing.assert_array_equal(painted[inside], drawn[inside])
+    assert (painted[inside] != image[inside]).any(axis=1).all()
+    np.testing.assert_array_equal(painted[:20], image[:20])
+
+
+def test_painted_lines_are_whole_pixels_inside_what_they_surround():
+    image = np.zeros((720, 1280, 3), np.uint8)
+    mask = np.zeros((720, 1280), bool)
+    mask[300:400, 500:700] = True
+    picture = visualize.paint_instances(
+        image, np.array([[290, 480, 420, 740]]), [utils.rle_encode(mask)], np.array([1]), NAMES,
+        colors=["red"], captions=[""], alpha=0,
+    )  # fmt: skip
+    expected = np.zeros((720, 1280), bool)
+    for y1, x1, y2, x2 in ((290, 480, 420, 740), (300, 500, 400, 700)):
+        expected[y1:y2, x1:x2] = True
+        expected[y1 + 3 : y2 - 3, x1 + 3 : x2 - 3] = False
+    np.testing.assert_array_equal(picture[:, :, 0] == 255, expected)
+    assert not picture[~expected].any()
+
+
+@pytest.mark.parametrize(("color", "ink"), [((1, 1, 0), 0), ((0, 0, 0.5), 255)])
+@pytest.mark.parametrize(
+    ("box", "rows", "columns"),
+    [
+        ((100, 50, 180, 250), (80, 100), (50, 150)),
+        ((0, 50, 180, 250), (0, 20), (50, 150)),  # inside, where there is no room above
+        ((100, 290, 180, 300), (80, 100), (200, 300)),  # as far to the right as it goes
+    ],
+)
+def test_painted_labels_are_legible_and_in_place(color, ink, box, rows, columns):
+    image = np.full((200, 300, 3), 128, np.uint8)
+    options = {"class_ids": np.array([2]), "class_names": NAMES, "colors": [color]}
+    picture, without = (
+        visualize.paint_instances(image, np.array([box]), None, captions=captions, **options)
+        for captions in (["dog #7 0.90"], [""])
+    )
+    y, x = np.nonzero(changed(picture, without))
+    assert rows[0] <= y.min() < y.max() < rows[1]
+    assert columns[0] <= x.min() < x.max() < columns[1]
+    label = picture[y.min() : y.max() + 1, x.min() : x.max() + 1]
+    assert near(label, color).mean() > 0.4
+    assert near(label, [ink / 255] * 3, 60).sum() > 20
+
+
+def test_labels_that_find_no_room_are_cut_off():
+    image = np.zeros((10, 12, 3), np.uint8)
+    box = np.array([[2, 2, 8, 9]])
+    picture = visualize.paint_instances(image, box, None, np.array([1]), NAMES, np.array([0.5]))
+    assert picture.shape == image.shape
+    assert picture.any()
 
 
 # --- Figures -------------------------------------------------------------------------------------
@@ -614,7 +686,8 @@ def test_display_weight_stats(capsys):
     assert "overflow?" in capsys.readouterr().out
 
 
-def test_all_kinds_of_masks_are_drawn_alike():
+@both
+def test_all_kinds_of_masks_are_drawn_alike(draw):
     boxes = np.array([[4, 6, 24, 30], [20, 10, 40, 50]])
     masks = np.zeros((48, 64, 2), bool)
     masks[6:20, 8:30, 0] = masks[22:40, 10:44, 1] = True
@@ -622,8 +695,7 @@ def test_all_kinds_of_masks_are_drawn_alike():
     cut = [masks[y1:y2, x1:x2, i] for i, (y1, x1, y2, x2) in enumerate(boxes)]
     image = np.full((48, 64, 3), 90, np.uint8)
     pictures = [
-        visualize.draw_instances(image, boxes, kind, np.array([1, 1]), ["BG", "cell"])
-        for kind in (masks, encoded, cut)
+        draw(image, boxes, kind, np.array([1, 1]), ["BG", "cell"]) for kind in (masks, encoded, cut)
     ]
     assert (pictures[0] != image).any()
     np.testing.assert_array_equal(pictures[1], pictures[0])
