@@ -221,7 +221,7 @@ def test_nothing_found_says_what_is_below_the_threshold(
 ):
     best = np.array([0.62, 0.5, 0.1], np.float32)
 
-    def detect(model, images, masks):
+    def detect(model, images, verbose=0, *, masks):
         scores = best[best >= model.config.DETECTION_MIN_CONFIDENCE]
         n = len(scores)
         rois, class_ids = np.zeros((n, 4), np.int32), np.ones(n, np.int32)
