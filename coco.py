@@ -59,6 +59,15 @@ STAGES = (("heads", 40, 1.0), ("4+", 120, 1.0), ("all", 160, 0.1))
 OWN_STAGES = (("heads", 10, 1.0), ("all", 30, 0.1))
 
 
+def class_names(config: Config) -> list[str]:
+    """The names of a model's classes by class id, that of the background first."""
+    if config.CLASS_NAMES:
+        return list(config.CLASS_NAMES)
+    if len(CLASS_NAMES) == config.NUM_CLASSES:
+        return list(CLASS_NAMES)
+    return ["BG", *(f"class {i}" for i in range(1, config.NUM_CLASSES))]
+
+
 # --- Train ---------------------------------------------------------------------------------------
 
 
