@@ -358,6 +358,8 @@ class Detector:
 
 def detect(args: argparse.Namespace) -> int:
     """Does what the command line asks; returns 1 if there are rows that tell an error."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray's reports to its makers
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it has errors in all actor pools
     with cli.extra("ray"):
         import pyarrow  # noqa: F401
         import ray.data  # noqa: F401
@@ -415,7 +417,6 @@ def run(
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(
         args.address,
         include_dashboard=False,
@@ -424,6 +425,7 @@ def run(
         runtime_env={"worker_process_setup_hook": find_library},
     )
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     DataContext.get_current().enable_progress_bars = False
     try:
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
