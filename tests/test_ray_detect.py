@@ -3,16 +3,14 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, kill_all
 from PIL import Image
 
 import utils
@@ -383,19 +381,6 @@ def test_errors_are_tried_again_if_asked(photos, tmp_path, monkeypatch):
 # --- The cluster ---------------------------------------------------------------------------------
 
 
-def children(pid):
-    """The processes that a process has started."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = path.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[1]) == pid:
-            found.append(int(path.parent.name))
-    return found
-
-
 @pytest.fixture
 def cluster(tmp_path):
     """Two machines of Ray, of one core each, in processes of this one."""
@@ -409,7 +394,6 @@ def cluster(tmp_path):
 
 @pytest.mark.cluster
 @pytest.mark.filterwarnings("ignore")  # ray's own
-@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 def test_each_image_is_there_once_though_a_machine_was_lost(cluster, tmp_path):
     folder, output = tmp_path / "photos", tmp_path / "found"
     names = draw(folder, 48)
@@ -427,9 +411,7 @@ def test_each_image_is_there_once_though_a_machine_was_lost(cluster, tmp_path):
             assert job.poll() is None, (tmp_path / "log").read_text()
             assert time.monotonic() < deadline, (tmp_path / "log").read_text()
             time.sleep(0.005)
-        workers = children(raylet)
-        for pid in (raylet, *workers):
-            os.kill(pid, signal.SIGKILL)
+        workers = kill_all(raylet)
         half_done = len(list(output.glob(".*.journal")))
         done = len(list(output.glob("*.parquet")))
         status = job.wait(300)
