@@ -10,6 +10,7 @@ again, so that a job which was stopped or killed is simply started anew.
 """
 
 import argparse
+import builtins
 import hashlib
 import itertools
 import json
@@ -263,15 +264,15 @@ class Detector:
 
     Args:
         job: what to do.
-        threads: to compute and to read images with.
+        device: to compute on.
+        threads: to read images with, and to compute with on a CPU.
     """
 
-    def __init__(self, job: Job, threads: int) -> None:
+    def __init__(self, job: Job, device: str = "cpu", threads: int = 1) -> None:
         utils.keep_memory()
         torch.set_num_threads(threads)
         self.job, self.threads = job, threads
-        self.model = MaskRCNN.from_weights(job.file, **job.options)
-        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = MaskRCNN.from_weights(job.file, **job.options).to(device)
         for place in (job.folder, job.output):
             if not place.is_dir():
                 raise FileNotFoundError(f"{place} must be there on all machines; mount it on each")
@@ -422,10 +423,10 @@ def run(
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.WARNING,
-        runtime_env={"worker_process_setup_hook": find_library},
+        # Where the library is not installed, it is found at the same place as here.
+        runtime_env={"env_vars": {"PYTHONPATH": f"{ROOT}{os.pathsep}${{PYTHONPATH}}"}},
     )
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised as well
     DataContext.get_current().enable_progress_bars = False
     try:
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -455,20 +456,22 @@ def run(
             Detector,
             batch_size=None,
             batch_format="pyarrow",
-            fn_constructor_args=(job, cpus),
+            fn_constructor_args=(job, "cuda" if gpus else "cpu", cpus),
             compute=pool,
             num_cpus=cpus,
             num_gpus=gpus,
         )
         for row in results.iter_rows():
             progress(row["images"])
+    except ray.exceptions.RayError as error:
+        # The process's own error is the last line of its traceback.
+        name, _, message = str(error).rstrip().rpartition("\n")[2].partition(": ")
+        kind = getattr(builtins, name, object)
+        if isinstance(kind, type) and issubclass(kind, cli.EXPECTED):
+            raise ValueError(message) from None
+        raise
     finally:
         ray.shutdown()
-
-
-def find_library() -> None:
-    """In each process of Ray: finds this library where it is not installed."""
-    sys.path.insert(0, str(ROOT))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

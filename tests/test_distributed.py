@@ -15,7 +15,7 @@ import checkpoints
 import history
 import weights
 
-STEPS, EPOCHS = 6, 5
+STEPS, EPOCHS = 5, 4
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 ENVIRONMENT |= {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, kill_all
 from PIL import Image
+from test_docs import blocks
 
 import utils
 import weights
@@ -50,7 +51,7 @@ def detector(photos, tmp_path):
     file = weights.read_state_dict(weights.find_weights("shapes"))
     names = file.config["CLASS_NAMES"]
     job = ray_detect.Job(file, ONE, names, range(len(names)), photos[0], tmp_path, SETTINGS)
-    return ray_detect.Detector(job, threads=1)
+    return ray_detect.Detector(job)
 
 
 def read(output):
@@ -336,7 +337,7 @@ def test_what_is_done_needs_no_ray(photos, tmp_path, monkeypatch, capsys):
     def run(args, todo, job, progress):
         jobs.append(todo)
         for shard in todo:
-            ray_detect.Detector(job, 1).make(shard)
+            ray_detect.Detector(job).make(shard)
 
     monkeypatch.setattr(ray_detect, "run", run)
     arguments = [str(folder), "--output", str(tmp_path / "found"), "--model", "shapes"]
@@ -346,6 +347,13 @@ def test_what_is_done_needs_no_ray(photos, tmp_path, monkeypatch, capsys):
     assert jobs == [[names[:3], names[3:]]], "the second time there is nothing to do"
     check(read(tmp_path / "found"), folder)
     assert f"{tmp_path / 'found'}: 4 images, 0 of them with an error" in capsys.readouterr().out
+    # What the documentation makes of them.
+    (code,) = (text for *_, mark, text in blocks(ROOT / "docs" / "scale.md") if mark == "parquet")
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    exec(code, namespace)
+    assert {result["image_id"] for result in namespace["results"]} == set(names)
+    assert namespace["results"][0].keys() > {"bbox", "category_id", "score", "segmentation"}
     # Another network, or other options of this one.
     assert ray_detect.main([*arguments, "--model", "nuclei"]) == 2
     assert ray_detect.main([*arguments, "--min-confidence", "0.1"]) == 2
@@ -360,7 +368,7 @@ def test_errors_are_tried_again_if_asked(photos, tmp_path, monkeypatch):
 
     def run(args, todo, job, progress):
         for shard in todo:
-            ray_detect.Detector(job, 1).make(shard)
+            ray_detect.Detector(job).make(shard)
 
     monkeypatch.setattr(ray_detect, "run", run)
     output = tmp_path / "found"
