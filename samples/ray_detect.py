@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import re
+import socket
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -464,14 +465,32 @@ def run(
         for row in results.iter_rows():
             progress(row["images"])
     except ray.exceptions.RayError as error:
-        # The process's own error is the last line of its traceback.
-        name, _, message = str(error).rstrip().rpartition("\n")[2].partition(": ")
-        kind = getattr(builtins, name, object)
-        if isinstance(kind, type) and issubclass(kind, cli.EXPECTED):
+        if message := expected(str(error)):
             raise ValueError(message) from None
         raise
     finally:
         ray.shutdown()
+
+
+def expected(text: str) -> str | None:
+    """The message of an error that its user can mend, in what Ray tells of a process; else None."""
+    # The traceback of the process comes first, and after it Ray's own errors, ray.exceptions....
+    causes = re.findall(r"^(\w+): (.*)", text, re.MULTILINE)
+    name, message = causes[-1] if causes else ("", "")
+    kind = getattr(builtins, name, None)
+    return message if isinstance(kind, type) and issubclass(kind, cli.EXPECTED) else None
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ConnectionError for a cluster that is not there, for which Ray waits for minutes."""
+    host, _, port = (args.address or "").rpartition(":")
+    if host and port.isdecimal() and "/" not in host:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except OSError as error:
+            raise ConnectionError(
+                f"--address must be that of a cluster, got {args.address}: {error}"
+            ) from None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -494,14 +513,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--batch", type=cli.whole(1), metavar="N", help="images at once in the network")
     text = "host:port of a cluster, or local; default: RAY_ADDRESS, or that of this machine"
     add("--address", help=text)
-    text = "processes that detect; default: as many as there is room for, also on new machines"
+    text = "processes that detect; default: as many as there is room for"
     add("--workers", type=cli.whole(1), metavar="N", help=text)
     text = "cores of each of them; default: 1, with a GPU 4"
     add("--cpus", type=cli.whole(1), metavar="N", help=text)
     text = "GPU of each of them, 0 to 1; default: 1 where there are any"
     add("--gpus", type=cli.share, metavar="X", help=text)
     parser.set_defaults(run=detect)
-    return cli.run(parser, arguments)
+    return cli.run(parser, arguments, check)
 
 
 if __name__ == "__main__":

@@ -313,6 +313,10 @@ def test_the_loss_of_machines_is_not_the_fault_of_an_image(detector, photos, tmp
         (["{photos}", "--output", "out", "--model", "gone.pth"], "gone.pth"),
         (["{photos}", "--output", "out", "--list", "gone.txt"], "no list gone.txt"),
         (["{photos}", "--output", "{photos}/000.png"], "000.png"),
+        (
+            ["{photos}", "--output", "out", "--address", "127.0.0.1:1"],
+            "--address .* refused",
+        ),
     ],
 )
 def test_what_is_wrong_is_told_before_ray_starts(
@@ -327,6 +331,22 @@ def test_what_is_wrong_is_told_before_ray_starts(
     assert ray_detect.main(arguments) == 2
     error = capsys.readouterr().err
     assert re.fullmatch(rf"ray_detect.py: .*{message}.*\n", error)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("TypeError: one\n\nthe cause\n\nray::Worker\nray.UserCodeException: x\nTo do: so", None),
+        ("  File x\nOSError: [Errno 28] full\n\nray::Worker\nray.UserCodeException: x", "full"),
+        (
+            "died because\n  raise\nFileNotFoundError: /photos must be there",
+            "/photos must be there",
+        ),
+        ("died", None),
+    ],
+)
+def test_an_error_in_a_process_of_the_cluster_is_one_line(text, line):
+    assert ray_detect.expected(text) == line
 
 
 def test_what_is_done_needs_no_ray(photos, tmp_path, monkeypatch, capsys):
