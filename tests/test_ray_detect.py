@@ -337,7 +337,10 @@ def test_what_is_wrong_is_told_before_ray_starts(
     ("text", "line"),
     [
         ("TypeError: one\n\nthe cause\n\nray::Worker\nray.UserCodeException: x\nTo do: so", None),
-        ("  File x\nOSError: [Errno 28] full\n\nray::Worker\nray.UserCodeException: x", "full"),
+        (
+            "  File x\nOSError: [Errno 28] full\n\nray::Worker\nray.UserCodeException: x",
+            "[Errno 28] full",
+        ),
         (
             "died because\n  raise\nFileNotFoundError: /photos must be there",
             "/photos must be there",
