@@ -394,7 +394,8 @@ def detect(args: argparse.Namespace) -> int:
             try:
                 run(args, todo, job, bar.update)
             except KeyboardInterrupt:
-                message = f"{bar.n} of {len(names)} images are done; the same command goes on"
+                count = len(take_stock(output, settings).names.intersection(names))
+                message = f"{count} of {len(names)} images are done; the same command goes on"
                 raise KeyboardInterrupt(message) from None
 
     done, errors = take_stock(output, settings)
@@ -462,8 +463,8 @@ def run(
             num_cpus=cpus,
             num_gpus=gpus,
         )
-        for row in results.iter_rows():
-            progress(row["images"])
+        for batch in results.iter_batches(batch_size=None, prefetch_batches=0):
+            progress(int(batch["images"].sum()))
     except ray.exceptions.RayError as error:
         if message := expected(str(error)):
             raise ValueError(message) from None
