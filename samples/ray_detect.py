@@ -402,8 +402,8 @@ def detect(args: argparse.Namespace) -> int:
     missing = set(names) - done
     if missing:
         raise OSError(f"{output} lacks {len(missing)} images, {min(missing)} among them; run again")
-    for path in output.glob(".detections-*"):  # of processes that were killed
-        if FILE_NAME.match(path.name[1:]):
+    for path in output.glob(".detections-*"):  # what killed processes left of shards that are done
+        if path.with_name(f"{path.name.split('.')[1]}.parquet").exists():
             path.unlink(missing_ok=True)
     print(f"{output}: {len(done)} images, {errors} of them with an error")
     return int(errors > 0)

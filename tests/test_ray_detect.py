@@ -366,7 +366,13 @@ def test_what_is_done_needs_no_ray(photos, tmp_path, monkeypatch, capsys):
     arguments = [str(folder), "--output", str(tmp_path / "found"), "--model", "shapes"]
     arguments += ["--batch", "1", "--shard", "3"]
     assert ray_detect.main(arguments) == 0
+    done = ray_detect.shard_path(tmp_path / "found", names[3:])
+    half = done.with_name(f".{done.name}.123.tmp")
+    other = done.with_name(".detections-0123456789abcdef.parquet.123.tmp")  # who may be at work
+    half.touch()
+    other.touch()
     assert ray_detect.main(arguments) == 0
+    assert (half.exists(), other.exists()) == (False, True)
     assert jobs == [[names[:3], names[3:]]], "the second time there is nothing to do"
     check(read(tmp_path / "found"), folder)
     assert f"{tmp_path / 'found'}: 4 images, 0 of them with an error" in capsys.readouterr().out
