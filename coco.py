@@ -10,6 +10,7 @@ Annotations are in COCO's format (https://cocodataset.org), or as VIA or labelme
 """
 
 import argparse
+import contextlib
 import logging
 import math
 import os
@@ -59,6 +60,15 @@ STAGES = (("heads", 40, 1.0), ("4+", 120, 1.0), ("all", 160, 0.1))
 OWN_STAGES = (("heads", 10, 1.0), ("all", 30, 0.1))
 
 
+def class_names(config: Config) -> list[str]:
+    """The names of a model's classes by class id, that of the background first."""
+    if config.CLASS_NAMES:
+        return list(config.CLASS_NAMES)
+    if len(CLASS_NAMES) == config.NUM_CLASSES:
+        return list(CLASS_NAMES)
+    return ["BG", *(f"class {i}" for i in range(1, config.NUM_CLASSES))]
+
+
 # --- Train ---------------------------------------------------------------------------------------
 
 
@@ -98,6 +108,8 @@ def model_and_data(
 
     A function of its own, so that training does not keep the weight file's content in memory.
     """
+    if args.resume and has_run(args):
+        args.model = "last"
     # The file first: a wrong one should be noticed before the data are loaded.
     path = model_file(args, args.BACKBONE or CocoConfig.BACKBONE)
     file = None if path is None else weights.read_state_dict(path)
@@ -169,6 +181,15 @@ def model_to_train(
     if args.model == "last":
         logger.info("going on from %s", model.resume(file))
     return model
+
+
+def has_run(args: argparse.Namespace) -> bool:
+    """Whether there is a checkpoint to go on from; all processes see what the main one sees."""
+    found: list[Path] = []
+    if distributed.is_main():
+        with contextlib.suppress(FileNotFoundError):
+            found = checkpoints.find_checkpoints(args.logs, CocoConfig.NAME)
+    return distributed.from_main(bool(found))
 
 
 def model_file(args: argparse.Namespace, backbone: object = None) -> Path | None:
@@ -334,6 +355,7 @@ EXAMPLES = {
   python coco.py train --images photos --annotations via.json --format via --model coco
   python coco.py train --images photos --annotations photos --format labelme --model coco
   torchrun --nproc-per-node=8 -- coco.py train --dataset=/path/to/coco --model=imagenet
+  python coco.py train --dataset=/path/to/coco --model=imagenet --logs=job7 --resume
 
 Stages without --epochs and --layers: on MS COCO heads to epoch 40, stage 4 and up to epoch 120,
 all layers to epoch 160 at a tenth of the learning rate; on one's own data heads to epoch 10, all
@@ -448,6 +470,8 @@ def add_model_options(parser: cli.Parser, command: str) -> None:
     if command == "evaluate":
         cli.add_views(group)
     if command == "train":
+        text = "go on as --model=last does where there is a checkpoint, and begin with --model else"
+        add("--resume", action="store_true", help=text)
         text = "of a new model; default: resnet101"
         add("--backbone", dest="BACKBONE", choices=tuple(RESNETS), help=text)
     text = "images at once, in each process"

@@ -1,9 +1,11 @@
 """What several test files share: the reference's numbers, models, zip files, quiet plotting."""
 
+import contextlib
 import functools
 import io
 import multiprocessing
 import os
+import signal
 import socket
 import zipfile
 from pathlib import Path
@@ -30,6 +32,21 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def kill_all(pid: int) -> list[int]:
+    """Kills a process and those that it has started, which are returned, as if the power failed."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for parent in found:
+        found += [child for child, other in parents.items() if other == parent]
+    for each in found:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(each, signal.SIGKILL)
+    return found[1:]
 
 
 ROOT = Path(__file__).resolve().parent.parent

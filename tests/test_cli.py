@@ -14,10 +14,11 @@ import coco
 import demo
 import distributed
 import weights
-from samples import color_splash, custom, nuclei, shapes
+from samples import color_splash, custom, nuclei, ray_detect, shapes
 
 COMMANDS = {"coco": coco, "demo": demo, "weights": weights}
 COMMANDS |= {"color_splash": color_splash, "custom": custom, "nuclei": nuclei, "shapes": shapes}
+COMMANDS["ray_detect"] = ray_detect
 
 
 def outcome(function, arguments=(), **options):

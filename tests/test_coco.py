@@ -347,11 +347,19 @@ def test_the_stages_of_own_data(checkpoint, tmp_path, monkeypatch):
     assert recorder.model.config.STEPS_PER_EPOCH == 129  # half of 258
 
 
-def test_a_run_of_own_data_goes_on_as_it_began(checkpoint, tmp_path):
+@pytest.mark.parametrize(
+    ("begin", "go_on"),
+    [
+        ("--model={file} --steps=1 --seed=4", "--model=last"),
+        ["--resume --model={file} --steps=1"] * 2,
+    ],
+)
+def test_a_run_of_own_data_goes_on_as_it_began(checkpoint, tmp_path, begin, go_on):
     run = ["train", *own_data(tmp_path / "photos", 6), f"--logs={tmp_path / 'logs'}"]
-    first = [f"--model={checkpoint}", "--epochs=1", "--steps=1", "--seed=4", "--layers=heads"]
-    assert coco.main([*run, *first, "--device=cpu"]) == 0
-    assert coco.main([*run, "--model=last", "--epochs=2", "--layers=heads", "--device=cpu"]) == 0
+    run += ["--layers=heads", "--device=cpu"]
+    begin, go_on = (options.format(file=checkpoint).split() for options in (begin, go_on))
+    assert coco.main([*run, *begin, "--epochs=1"]) == 0
+    assert coco.main([*run, *go_on, "--epochs=2"]) == 0
     (folder,) = (tmp_path / "logs").iterdir()
     records = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
     assert [(record["epoch"], record["steps"]) for record in records] == [(1, 1), (2, 1)]

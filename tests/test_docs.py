@@ -36,7 +36,10 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 
 # Blocks that do not run, by the word after their language: why.
-NOT_RUN = {"matterport": "needs TensorFlow 1 and Matterport's library"}
+NOT_RUN = {
+    "matterport": "needs TensorFlow 1 and Matterport's library",
+    "parquet": "needs results of a Ray cluster; test_ray_detect.py runs it",
+}
 # Commands that are parsed and not run, by what they contain: why.
 ONLY_PARSED = {
     "--dataset=/path/to/coco": "needs MS COCO",
@@ -46,6 +49,8 @@ ONLY_PARSED = {
     "rtsp://": "needs a camera",
     "--model torchvision": "needs the network",
     "samples/shapes.py train": "takes an hour",
+    "samples/ray_detect.py": "starts Ray, which takes half a minute",
+    "--logs=job7": "needs MS COCO",
     "benchmarks/": "takes minutes",
 }
 # What the text says and what is run.
