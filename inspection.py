@@ -361,9 +361,7 @@ def draw_sheet(found: Survey, path: str | Path, samples: int = 12) -> None:
         if max(image.shape[:2]) > SHEET_SIDE:
             image, boxes, masks = _shrunk(image, boxes, masks)
         pictures.append(
-            visualize.draw_instances(
-                image, boxes, masks, class_ids, dataset.class_names
-            )
+            visualize.draw_instances(image, boxes, masks, class_ids, dataset.class_names)
         )
         titles.append(str(dataset.image_info[image_id]["id"]))
     Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ from scipy.ndimage import gaussian_filter
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cli
+import report
 import weights
 from augmentation import (
     Compose,
@@ -161,6 +162,8 @@ def train(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """COCO's numbers for the validation images."""
+    if args.report:
+        report.check_folder(args.report)
     data = load(args, "val")
     if args.model == "last":
         model = MaskRCNN(NucleiConfig(), args.logs)
@@ -168,7 +171,12 @@ def evaluate(args: argparse.Namespace) -> None:
     else:
         sides = {name: getattr(NucleiConfig, name) for name in ("IMAGE_MIN_DIM", "IMAGE_MAX_DIM")}
         model = MaskRCNN.from_weights(args.model or WEIGHTS, **sides)
-    print(evaluate_coco(model.to(args.device), data, min_confidence=0.0))
+    result = evaluate_coco(model.to(args.device), data, min_confidence=0.0)
+    if result is None:
+        return
+    print(result)
+    if args.report:
+        report.write_evaluation(args.report, data, result, title="Nuclei, validation images")
 
 
 def load(args: argparse.Namespace, subset: str) -> CocoDataset:
@@ -193,6 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--logs", default="logs", metavar="DIR", help="holds the checkpoints; default: logs")
     text = "the trained weights; default: nuclei.pth"
     add("--output", type=Path, default="nuclei.pth", metavar="FILE", help=text)
+    add("--report", metavar="DIR", help="of evaluate: write a page to look at, DIR/index.html")
     cli.add_device(parser)
     parser.set_defaults(run=lambda args: (train if args.command == "train" else evaluate)(args))
     return cli.run(parser, arguments)
