@@ -505,10 +505,10 @@ def _marks(
 # How anchors and the network see an object, as numbers of the kinds on the page.
 _FITS, _UNFIT, _CROWD, _LOST = range(4)
 _SURVEY_KINDS = [
-    ["found", "object"],
-    ["poor", f"no anchor of IoU {GOOD_FIT}"],
+    ["found", "with an anchor"],
+    ["poor", "without an anchor"],
     ["wrong", "crowd"],
-    ["missed", "not visible to the network"],
+    ["missed", "not visible"],
 ]
 
 
@@ -576,6 +576,7 @@ def write_inspection(
         "empty": counts.count(0),
         "crowded": sum(n > config.MAX_GT_INSTANCES for n in counts),
         "max_instances": config.MAX_GT_INSTANCES,
+        "good_fit": GOOD_FIT,
         "scales": [round(scale) for scale in config.RPN_ANCHOR_SCALES],
         "shares": [
             (level, int((fits < level).sum()), float((fits < level).mean()) if len(fits) else 0.0)

@@ -23,7 +23,8 @@ PHOTO_SIDE = 800
 UNITS = 1000
 # Points of an outline are so many pixels of the photograph apart, where it is not straight.
 STEP = 2.5
-# With more objects than these, only mistakes have their names beside them.
+# With more objects than these, only mistakes have their names beside them, and small pictures have
+# no signs.
 FEW = 20
 
 # Colours that are apart in any kind of colour blindness, each kind with a line and a sign of its
@@ -52,7 +53,7 @@ text.missed{fill:#ffbd9e}
 @media(max-width:620px){.label{transform:scale(1.8)}}
 @media(max-width:420px){.label{transform:scale(2.4)}text{display:none}path{stroke-width:1.5}
 path.under{stroke-width:2.5}path.missed{stroke-width:2}}
-@media(max-width:240px){.label{transform:scale(2.6)}}
+@media(max-width:240px){.label{transform:scale(2.6)}.many .label{display:none}}
 """
 
 
@@ -74,9 +75,14 @@ class Mark:
 
 
 def save_photo(image: np.ndarray, path: Path) -> None:
-    """Saves an image [H, W, C] uint8 as JPEG with sides of PHOTO_SIDE at most."""
-    pixels = image[..., :3] if image.ndim == 3 and image.shape[2] >= 3 else image[..., :1]
-    photo = Image.fromarray(utils.as_uint8_image(pixels))
+    """Saves an image as JPEG with sides of PHOTO_SIDE at most; of many channels the first ones.
+
+    Args:
+        image: [H, W, C] of what utils.as_uint8_image takes.
+        path: of the file.
+    """
+    channels = 3 if image.shape[2] >= 3 else 1
+    photo = Image.fromarray(utils.as_uint8_image(image[:, :, :channels]))
     photo.thumbnail((PHOTO_SIDE, PHOTO_SIDE), Image.Resampling.BICUBIC, reducing_gap=2.0)
     photo.save(path, quality=85)
 
@@ -102,9 +108,10 @@ def draw_marks(marks: Sequence[Mark], size: Sequence[int]) -> str:
             labels.append(_label(mark, _top(corner, part, scale) or mark.bbox[:2], units, width))
     body = "\n".join([*lines, *labels])
     view = f"0 0 {width * units:.4g} {height * units:.4g}"
+    kind = "few" if few else "many"
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{view}"><style>{_STYLE}</style>\n'
-        f"{body}\n</svg>\n"
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="{kind}" viewBox="{view}">'
+        f"<style>{_STYLE}</style>\n{body}\n</svg>\n"
     )
 
 
