@@ -5,6 +5,18 @@
   const [ADDRESS, NAME, FOLDER, QUOTED, PICTURE, WIDTH, HEIGHT, QUALITY, MISTAKES, ITEMS] =
     Array(10).keys();
   const STEP = 24;
+  // Of each image the items [kind, class, other class, count], as pages.py packed them.
+  for (const image of data.images) {
+    const items = [], kinds = data.kinds.length, classes = data.classes.length;
+    for (const number of image[ITEMS]) {
+      if (number < 0) items.at(-1)[3] = -number;
+      else {
+        const pair = Math.floor(number / kinds);
+        items.push([number % kinds, Math.floor(pair / classes), pair % classes, 1]);
+      }
+    }
+    image[ITEMS] = items;
+  }
   const byId = (id) => document.getElementById(id);
   const list = byId("list"), status = byId("status"), more = byId("more");
   const chosenClass = byId("class"), order = byId("order"), dialog = byId("large");

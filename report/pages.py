@@ -52,7 +52,8 @@ GOOD_FIT = 0.5
 _MARK = '<meta name="generator" content="mask-rcnn report">'
 _OWN_PICTURE = re.compile(r"\d+(\.jpg|-(truth|found)\.svg)")
 
-# For each image, what it is called, and pairs of kind, class, other class, count.
+# What page.js reads of an image: address, name, number of the folder, name in links if it differs,
+# number of the picture or -1, width, height, quality in percent or -1, mistakes, items.
 Row = list[Any]
 
 
@@ -198,10 +199,17 @@ def _within_limit(rows: Iterable[Row]) -> list[Row]:
     return taken
 
 
-def _items(pairs: Iterable[Sequence[int]]) -> list[list[int]]:
-    """Equal (kind, class, other class) counted."""
-    counts = Counter(tuple(pair) for pair in pairs)
-    return [[*pair, count] for pair, count in sorted(counts.items())]
+def _items(pairs: Iterable[Sequence[int]], kinds: int, classes: int) -> list[int]:
+    """Equal (kind, class, other class), each as one number, followed by -count if there are more.
+
+    A list of 5,000 images with ten of them each must not fill the page.
+    """
+    items = []
+    for (kind, one, other), count in sorted(Counter(map(tuple, pairs)).items()):
+        items.append((one * classes + other) * kinds + kind)
+        if count > 1:
+            items.append(-count)
+    return items
 
 
 def _frame(rows: Sequence[Row]) -> str:
@@ -268,7 +276,7 @@ def write_evaluation(
             *_size(dataset, result, i)[::-1],
             round(100 * kinds[i].quality),
             mistakes[i],
-            _items(kinds[i].pairs.tolist()),
+            _items(kinds[i].pairs.tolist(), IGNORED, dataset.num_classes),
         ]
         for i in ids
     )
@@ -557,7 +565,7 @@ def write_inspection(
             *images[i].size[::-1],
             -1,
             mistakes[i],
-            _items(_survey_pairs(images[i], kinds[i])),
+            _items(_survey_pairs(images[i], kinds[i]), len(_SURVEY_KINDS), dataset.num_classes),
         ]
         for i in ids
     )
