@@ -23,7 +23,6 @@ import torch
 import checkpoints
 import cli
 import distributed
-import inspection
 import model as modellib
 import report
 import utils
@@ -41,7 +40,7 @@ from evaluation import evaluate_coco, evaluator, least_score
 from families import CATEGORIES as CATEGORIES
 from families import CATEGORY_IDS as CATEGORY_IDS
 from families import CLASS_NAMES
-from inspection import check_objects
+from inspection import check_objects, draw_sheet, survey
 from mask_files import MasksDataset
 
 logger = logging.getLogger(__name__)
@@ -238,9 +237,9 @@ def inspect_data(args: argparse.Namespace) -> None:
     dataset = training_data(args)
     config = CocoConfig(**config_options(args), NUM_CLASSES=dataset.num_classes)
     check = check_objects(dataset, config)
-    found = inspection.survey(dataset, config, args.limit)
+    found = survey(dataset, config, args.limit)
     print("\n".join([str(found), *check.warnings]))
-    inspection.draw_sheet(found, args.output)
+    draw_sheet(found, args.output)
     print(f"sheet: {args.output}")
     if args.report:
         problems = [*check.warnings, *([check.error] if check.error else [])]

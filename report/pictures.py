@@ -157,7 +157,7 @@ def _top(corner: Sequence[int], part: np.ndarray, scale: float) -> tuple[float, 
 def _label(mark: Mark, at: Sequence[float], units: float, width: float) -> str:
     """The sign of a mistake and the text, above a point of the object or below it."""
     x, y = (value * units for value in at)
-    left = at[0] < 0.7 * width
+    left = at[0] < 0.5 * width
     parts = []
     if mark.kind in SIGNS:
         sign = SIGNS[mark.kind]
