@@ -25,6 +25,7 @@ import checkpoints
 import cli
 import distributed
 import model as modellib
+import report
 import utils
 import weights
 from annotations import LabelmeDataset, ViaDataset
@@ -40,7 +41,7 @@ from evaluation import evaluate_coco, evaluator, least_score
 from families import CATEGORIES as CATEGORIES
 from families import CATEGORY_IDS as CATEGORY_IDS
 from families import CLASS_NAMES
-from inspection import check_objects, inspect
+from inspection import check_objects, draw_sheet, survey
 from mask_files import MasksDataset
 
 logger = logging.getLogger(__name__)
@@ -220,6 +221,8 @@ def evaluate(args: argparse.Namespace) -> None:
     """python coco.py evaluate"""
     if args.model in ("imagenet", "random"):
         raise ValueError(f"evaluate needs a trained model, got --model={args.model}")
+    if args.report:
+        report.check_folder(args.report)
     path = model_file(args)
     assert path is not None
     file = weights.read_state_dict(path)
@@ -238,19 +241,51 @@ def evaluate(args: argparse.Namespace) -> None:
         max_detections=args.max_detections,
         results_path=args.results,
     )
-    if result is not None:
-        print(result)
+    if result is None:
+        return
+    print(result)
+    if args.report:
+        report.write_evaluation(
+            args.report,
+            dataset.at_bit_depth(model.config.IMAGE_BIT_DEPTH),
+            result,
+            score=args.report_score,
+            pictures=args.report_images,
+            title=f"{path.name} on {data_name(args)}",
+        )
+        print(f"report: {Path(args.report, 'index.html')}")
 
 
 def inspect_data(args: argparse.Namespace) -> None:
     """python coco.py inspect"""
+    if args.report:
+        report.check_folder(args.report)
     dataset = training_data(args)
     config = CocoConfig(**config_options(args), NUM_CLASSES=dataset.num_classes)
     check = check_objects(dataset, config)
-    print("\n".join([inspect(dataset, config, args.output, args.limit), *check.warnings]))
+    found = survey(dataset, config, args.limit)
+    print("\n".join([str(found), *check.warnings]))
+    draw_sheet(found, args.output)
     print(f"sheet: {args.output}")
+    if args.report:
+        problems = [*check.warnings, *([check.error] if check.error else [])]
+        report.write_inspection(
+            args.report,
+            found,
+            problems=problems,
+            pictures=args.report_images,
+            title=data_name(args),
+        )
+        print(f"report: {Path(args.report, 'index.html')}")
     if check.error:
         raise ValueError(check.error)
+
+
+def data_name(args: argparse.Namespace) -> str:
+    """What a report calls the data."""
+    if args.dataset is not None:
+        return f"MS COCO {args.year or '2017'}"
+    return ", ".join(Path(file).name for file in args.annotations)
 
 
 # --- Data ----------------------------------------------------------------------------------------
@@ -366,10 +401,12 @@ layers to epoch 30 at a tenth. Images are flipped at random. What is not given i
   python coco.py evaluate --dataset=/path/to/coco --model=detectron2_r50 --limit 0
   python coco.py evaluate --dataset=/path/to/coco --model=last --results results.json
   python coco.py evaluate --images photos --annotations val.json --model logs/coco.../best.pth
-  python coco.py evaluate --images photos --annotations val.json --format via --model last""",
+  python coco.py evaluate --images photos --annotations val.json --format via --model last
+  python coco.py evaluate --images photos --annotations val.json --model last --report report""",
     "inspect": """examples:
   python coco.py inspect --dataset=/path/to/coco --image-dim 512
   python coco.py inspect --images photos --annotations train.json --output sheet.png
+  python coco.py inspect --images photos --annotations train.json --report report
   python coco.py inspect --images photos --annotations photos --format labelme
   python coco.py inspect --images photos --annotations masks --format masks""",
 }
@@ -490,6 +527,13 @@ def add_output_options(parser: cli.Parser, command: str) -> None:
     else:
         text = "the picture of annotated images; default: inspect.png"
         add("--output", default="inspect.png", metavar="FILE", help=text)
+    text = "write a page to look at, DIR/index.html; needs the extra [report]"
+    add("--report", metavar="DIR", help=text)
+    if command == "evaluate":
+        text = "detections count in the report from here on; default: where F1 is highest"
+        add("--report-score", type=cli.share, metavar="X", help=text)
+    text = f"images drawn in the report, 0: all; default: {report.PICTURES}"
+    add("--report-images", type=cli.whole(0), default=report.PICTURES, metavar="N", help=text)
 
 
 def add_training_options(parser: cli.Parser) -> None:

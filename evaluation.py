@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,11 @@ class CocoEvaluation:
         objects: objects in them, without crowds.
         results: detections in COCO's result format, with the ids of the data set.
         seconds: for one image, decoding left out.
+        truth: the instances of each image, see ground_truth, by its internal id.
+        detections: what detect(masks="rle") gave of each image, by its internal id.
+        precision: COCOeval's, for "bbox" and "segm": [10 IoUs from 0.5 to 0.95, 101 recalls from 0
+            to 1, class without background] float64, -1 for a class without objects; objects of all
+            sizes, 100 detections of a class in an image.
     """
 
     bbox: dict[str, float]
@@ -48,6 +53,9 @@ class CocoEvaluation:
     objects: int
     results: list[dict[str, Any]]
     seconds: float
+    truth: dict[int, list[dict[str, Any]]] = field(repr=False)
+    detections: dict[int, dict[str, Any]] = field(repr=False)
+    precision: dict[str, np.ndarray] = field(repr=False)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -154,8 +162,12 @@ def evaluate_coco(
     if results_path is not None:
         content = json.dumps(results).encode()
         utils.write_atomic(results_path, lambda file: file.write(content))
-    bbox, bbox_per_class = _score(dataset, truth, detections, "bbox", max_detections)
-    segm, segm_per_class = _score(dataset, truth, detections, "segm", max_detections)
+    bbox, bbox_per_class, bbox_precision = _score(
+        dataset, truth, detections, "bbox", max_detections
+    )
+    segm, segm_per_class, segm_precision = _score(
+        dataset, truth, detections, "segm", max_detections
+    )
     return CocoEvaluation(
         bbox,
         segm,
@@ -165,6 +177,9 @@ def evaluate_coco(
         objects=sum(not a["iscrowd"] for instances in truth.values() for a in instances),
         results=results,
         seconds=sum(seconds for _, seconds in shares) / len(ids),
+        truth=truth,
+        detections={i: detections[i] for i in ids},
+        precision={"bbox": bbox_precision, "segm": segm_precision},
     )
 
 
@@ -263,6 +278,28 @@ def instance(
     }
 
 
+def overlaps(
+    found: Sequence[dict[str, Any]], instances: Sequence[dict[str, Any]], kind: str
+) -> np.ndarray:
+    """How much detections overlap instances, as COCO's evaluation computes it.
+
+    Args:
+        found: N detections of an image in COCO's result format.
+        instances: M instances of the same image, see `instance`.
+        kind: "bbox" or "segm".
+
+    Returns:
+        [N, M] float64, intersection over union; of a crowd, over the detection's area.
+    """
+    from pycocotools import mask as coco_mask
+
+    if not found or not instances:
+        return np.zeros((len(found), len(instances)))
+    key = "bbox" if kind == "bbox" else "segmentation"
+    crowds = [i["iscrowd"] for i in instances]
+    return coco_mask.iou([d[key] for d in found], [i[key] for i in instances], crowds)
+
+
 def as_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
     """The union of polygons [[x, y, x, y, ...], ...] as run lengths, which are returned as such."""
     from pycocotools import mask as coco_mask
@@ -331,8 +368,8 @@ def _score(
     detections: dict[int, dict[str, Any]],
     kind: str,
     max_detections: int,
-) -> tuple[dict[str, float], dict[str, float]]:
-    """COCO's 12 numbers, and AP by class name, for "bbox" or "segm"."""
+) -> tuple[dict[str, float], dict[str, float], np.ndarray]:
+    """COCO's 12 numbers, AP by class name, and precision, for "bbox" or "segm"."""
     from pycocotools import mask as coco_mask
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -369,10 +406,12 @@ def _score(
     def number(value: float) -> float:
         return float(value) if value > -1 else math.nan
 
-    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # [T, R, K - 1]: of all sizes
+    # [T, R, K - 1]: of all sizes; the copy lets go of the others.
+    precision = evaluation.eval["precision"][:, :, :, 0, -1].copy()
     judged = precision[precision > -1]
     numbers = dict(zip(METRICS, map(number, evaluation.stats), strict=True))
     # The one number for which summarize() knows no other count than 100.
     numbers["AP"] = float(judged.mean()) if len(judged) else math.nan
     names = dataset.class_names[1:]
-    return numbers, dict(zip(names, map(number, precision.mean(axis=(0, 1))), strict=True))
+    means = map(number, precision.mean(axis=(0, 1)))
+    return numbers, dict(zip(names, means, strict=True)), precision

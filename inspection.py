@@ -144,6 +144,116 @@ def _judge(
     return Check(lines, f"{text}; {remedy}")
 
 
+@dataclass(frozen=True)
+class ImageSurvey:
+    """What there is to know of an image before training on it.
+
+    Attributes:
+        image_id: internal.
+        size: (height, width).
+        class_ids: [N] of its annotations, negative for crowds.
+        sides: [N] float64, root of the box area in network pixels; 0 for what lies outside.
+        fits: [N] float64, the largest IoU with an anchor; NaN for crowds and what lies outside.
+    """
+
+    image_id: int
+    size: tuple[int, int]
+    class_ids: np.ndarray
+    sides: np.ndarray
+    fits: np.ndarray
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What there is to know of a data set before training on it; str() tells it in some lines.
+
+    Attributes:
+        dataset: what was looked at.
+        config: what it would be trained with.
+        images: those that could be used.
+        faults: what is wrong with the others.
+    """
+
+    dataset: utils.Dataset
+    config: Config
+    images: list[ImageSurvey]
+    faults: list[str]
+
+    @property
+    def sides(self) -> np.ndarray:
+        """[N] float64, of all objects that the network's input shows; see ImageSurvey."""
+        return np.concatenate([np.zeros(0), *(i.sides[~np.isnan(i.fits)] for i in self.images)])
+
+    @property
+    def fits(self) -> np.ndarray:
+        """[N] float64, of the same objects; see ImageSurvey."""
+        return np.concatenate([np.zeros(0), *(i.fits[~np.isnan(i.fits)] for i in self.images)])
+
+    def __str__(self) -> str:
+        config, names = self.config, self.dataset.class_names
+        classes = Counter(c for image in self.images for c in image.class_ids.tolist())
+        objects = sum(count for class_id, count in classes.items() if class_id > 0)
+        counts = [int(np.count_nonzero(image.class_ids > 0)) for image in self.images]
+        heights, widths = np.array([image.size for image in self.images]).reshape(-1, 2).T
+        many = sum(n > config.MAX_GT_INSTANCES for n in counts)
+        fits = self.fits
+        shares = ", ".join(
+            f"{np.count_nonzero(fits < t)} ({np.mean(fits < t) if len(fits) else 0:.1%}) below {t}"
+            for t in (0.3, 0.5, 0.7)
+        )
+        lines = [
+            f"{len(self.images) + len(self.faults)} of {self.dataset.num_images} images,"
+            f" {len(self.faults)} of which cannot be used",
+            *(f"  {fault}" for fault in self.faults[:10]),
+            "5 % / median / 95 % of",
+            f"  image width       {_range(widths)}",
+            f"  image height      {_range(heights)}",
+            f"  objects per image {_range(counts)}, {counts.count(0)} images without,"
+            f" {many} with more than MAX_GT_INSTANCES = {config.MAX_GT_INSTANCES}",
+            f"  object side       {_range(self.sides)} network pixels (root of the box area);"
+            f" RPN_ANCHOR_SCALES = {tuple(config.RPN_ANCHOR_SCALES)}",
+            f"best anchor of each object: of {len(fits)}, IoU of {shares}",
+            f"{objects} objects, {classes.total() - objects} crowds,"
+            f" of {self.dataset.num_classes - 1} classes:",
+        ]
+        ids = sorted(self.dataset.class_ids[1:].tolist(), key=lambda i: -classes[i])
+        return "\n".join([*lines, *(f"  {classes[i]:7} {names[i]}" for i in ids)])
+
+
+def _range(values: Sequence[float] | np.ndarray) -> str:
+    low, middle, high = np.percentile(values, (5, 50, 95)) if len(values) else [math.nan] * 3
+    return f"{low:.0f} / {middle:.0f} / {high:.0f}"
+
+
+def survey(dataset: utils.Dataset, config: Config, limit: int | None = None) -> Survey:
+    """Reads the images and objects of a data set, and measures them as training would see them.
+
+    Args:
+        dataset: prepared.
+        config: what it would be trained with; resizing and anchors matter.
+        limit: look at so many images only, spread evenly; None or 0 for all.
+    """
+    dataset = dataset.at_bit_depth(config.IMAGE_BIT_DEPTH)
+    images, faults = [], []
+    anchors = functools.lru_cache(2)(functools.partial(_anchors, config))
+    ids = _spread(range(dataset.num_images), limit or dataset.num_images)
+    for image_id in tqdm(ids, desc="inspect", unit="image"):
+        try:
+            height, width = dataset.load_image(image_id).shape[:2]
+            instances = evaluation.ground_truth(dataset, image_id)
+        except (OSError, ValueError) as error:
+            faults.append(str(error))
+            continue
+        class_ids = _signed_class_ids(instances)
+        boxes, shape = _network_boxes(_corners(instances), (height, width), config)
+        sides = np.sqrt((boxes[:, 2:] - boxes[:, :2]).clip(0).prod(axis=1))
+        fits = np.full(len(boxes), math.nan)
+        counted = (class_ids > 0) & (sides > 0)
+        fits[counted] = _best_overlaps(boxes[counted], anchors(shape))
+        images.append(ImageSurvey(image_id, (height, width), class_ids, sides, fits))
+    return Survey(dataset, config, images, faults)
+
+
 def inspect(
     dataset: utils.Dataset,
     config: Config,
@@ -151,81 +261,33 @@ def inspect(
     limit: int | None = None,
     samples: int = 12,
 ) -> str:
-    """What to know of a data set before training on it.
+    """What to know of a data set before training on it, in some lines: see Survey.
 
     Args:
-        dataset: prepared.
-        config: what it would be trained with; resizing and anchors matter.
+        dataset, config, limit: see survey.
         sheet: a picture file to draw samples into, images with their annotations.
-        limit: look at so many images only, spread evenly; None or 0 for all.
         samples: images in the sheet.
 
     Returns:
         Lines of text: sizes of images and objects, objects per image and class, and how well the
         anchors fit.
     """
-    dataset = dataset.at_bit_depth(config.IMAGE_BIT_DEPTH)
-    ids = _spread(range(dataset.num_images), limit or dataset.num_images)
-    usable, sizes, faults, counts = [], [], [], []
-    sides, fits = [np.zeros(0)], [np.zeros(0)]
-    classes: Counter[int] = Counter()
-    crowds = 0
-    anchors = functools.lru_cache(2)(functools.partial(_anchors, config))
-    for image_id in tqdm(ids, desc="inspect", unit="image"):
-        try:
-            height, width = dataset.load_image(image_id).shape[:2]
-            instances = evaluation.ground_truth(dataset, image_id)
-        except (OSError, ValueError) as error:
-            faults.append(f"  {error}")
-            continue
-        usable.append(image_id)
-        sizes.append((width, height))
-        objects = [instance for instance in instances if not instance["iscrowd"]]
-        crowds += len(instances) - len(objects)
-        counts.append(len(objects))
-        classes.update(instance["category_id"] for instance in objects)
-        boxes, shape = _network_boxes(_corners(objects), (height, width), config)
-        sides.append(np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(axis=1)))
-        fits.append(_best_overlaps(boxes, anchors(shape)))
-    if sheet is not None and usable:
-        _draw_sheet(dataset, _spread(usable, samples), sheet)
-
-    def range_of(values: Sequence[float] | np.ndarray) -> str:
-        low, middle, high = np.percentile(values, (5, 50, 95)) if len(values) else [math.nan] * 3
-        return f"{low:.0f} / {middle:.0f} / {high:.0f}"
-
-    side, fit = np.concatenate(sides), np.concatenate(fits)
-    widths, heights = np.array(sizes).reshape(-1, 2).T
-    many = sum(n > config.MAX_GT_INSTANCES for n in counts)
-    shares = ", ".join(
-        f"{np.count_nonzero(fit < t)} ({np.mean(fit < t) if len(fit) else 0:.1%}) below {t}"
-        for t in (0.3, 0.5, 0.7)
-    )
-    lines = [
-        f"{len(ids)} of {dataset.num_images} images, {len(faults)} of which cannot be used",
-        *faults[:10],
-        "5 % / median / 95 % of",
-        f"  image width       {range_of(widths)}",
-        f"  image height      {range_of(heights)}",
-        f"  objects per image {range_of(counts)}, {counts.count(0)} images without,"
-        f" {many} with more than MAX_GT_INSTANCES = {config.MAX_GT_INSTANCES}",
-        f"  object side       {range_of(side)} network pixels (root of the box area);"
-        f" RPN_ANCHOR_SCALES = {tuple(config.RPN_ANCHOR_SCALES)}",
-        f"best anchor of each object: of {len(fit)}, IoU of {shares}",
-        f"{sum(classes.values())} objects, {crowds} crowds, of {dataset.num_classes - 1} classes:",
-    ]
-    names = dataset.class_names
-    lines += [
-        f"  {classes[i]:7} {names[i]}"
-        for i in sorted(dataset.class_ids[1:], key=lambda i: -classes[i])
-    ]
-    return "\n".join(lines)
+    found = survey(dataset, config, limit)
+    if sheet is not None:
+        draw_sheet(found, sheet, samples)
+    return str(found)
 
 
 def _spread(items: Sequence[int], count: int) -> list[int]:
     """At most count of the items, evenly spread."""
     count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]
+
+
+def _signed_class_ids(instances: Sequence[dict[str, Any]]) -> np.ndarray:
+    """[N] int32 of instances in COCO's format, negative for crowds."""
+    ids = [i["category_id"] * (-1 if i["iscrowd"] else 1) for i in instances]
+    return np.array(ids, dtype=np.int32)
 
 
 def _corners(instances: Sequence[dict[str, Any]]) -> np.ndarray:
@@ -258,7 +320,7 @@ def _network_boxes(
     corner = resized.window[:2] if resized.crop is None else [-n for n in resized.crop[:2]]
     scale = np.tile(np.broadcast_to(resized.scale, 2), 2)
     boxes = utils.clip_boxes(boxes * scale + np.tile(corner, 2), (0, 0, height, width))
-    return boxes[(boxes[:, 2:] > boxes[:, :2]).all(axis=1)], (height, width)
+    return boxes, (height, width)
 
 
 # The longer side of a picture in the sheet, which is drawn smaller still: large images are shrunk
@@ -279,20 +341,27 @@ def _shrunk(
     return resized.image[y1:y2, x1:x2], boxes * resized.scale, rles
 
 
-def _draw_sheet(dataset: utils.Dataset, image_ids: Sequence[int], path: str | Path) -> None:
+def draw_sheet(found: Survey, path: str | Path, samples: int = 12) -> None:
+    """Draws images with their annotations into one picture file; none if no image can be used.
+
+    Args:
+        found: what survey returns.
+        path: of the file.
+        samples: images in the sheet, spread evenly.
+    """
     import visualize  # for matplotlib, which nothing else here needs
 
-    pictures, titles = [], []
-    for image_id in image_ids:
+    if not found.images:
+        return
+    dataset, pictures, titles = found.dataset, [], []
+    for image_id in _spread([image.image_id for image in found.images], samples):
         image, instances = dataset.load_image(image_id), evaluation.ground_truth(dataset, image_id)
-        class_ids = [i["category_id"] * (-1 if i["iscrowd"] else 1) for i in instances]
+        class_ids = _signed_class_ids(instances)
         boxes, masks = _corners(instances), [instance["segmentation"] for instance in instances]
         if max(image.shape[:2]) > SHEET_SIDE:
             image, boxes, masks = _shrunk(image, boxes, masks)
         pictures.append(
-            visualize.draw_instances(
-                image, boxes, masks, np.array(class_ids, dtype=np.int64), dataset.class_names
-            )
+            visualize.draw_instances(image, boxes, masks, class_ids, dataset.class_names)
         )
         titles.append(str(dataset.image_info[image_id]["id"]))
     Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -133,7 +133,7 @@ def operators() -> dict[str, Any]:
 
 setup(
     packages=PACKAGES,
-    package_data={"samples": ["*.pth", "*.json"]},
+    package_data={"samples": ["*.pth", "*.json"], "report": ["*.html", "*.css", "*.js"]},
     include_package_data=False,
     py_modules=MODULES,
     **operators(),

@@ -22,6 +22,7 @@ from scipy.ndimage import gaussian_filter
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cli
+import report
 import weights
 from augmentation import (
     Compose,
@@ -40,7 +41,7 @@ from samples.card import write_card
 
 WEIGHTS = Path(__file__).with_suffix(".pth")
 # What counts in an evaluation: an image may show more than COCO's 100 objects.
-ALL: dict[str, Any] = {"min_confidence": 0.05, "max_detections": 1000}
+ALL: dict[str, Any] = {"min_confidence": 0.0, "max_detections": 1000}
 
 
 class NucleiConfig(Config):
@@ -169,13 +170,20 @@ def train(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """COCO's numbers for the validation images."""
+    if args.report:
+        report.check_folder(args.report)
     data = load(args, "val")
     if args.model == "last":
         model = MaskRCNN(NucleiConfig(), args.logs)
         model.resume()
     else:
         model = MaskRCNN.from_weights(args.model or WEIGHTS, NucleiConfig)
-    print(evaluate_coco(model.to(args.device), data, **ALL))
+    result = evaluate_coco(model.to(args.device), data, **ALL)
+    if result is None:
+        return
+    print(result)
+    if args.report:
+        report.write_evaluation(args.report, data, result, title="Nuclei, validation images")
 
 
 def load(args: argparse.Namespace, subset: str) -> CocoDataset:
@@ -200,6 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--logs", default="logs", metavar="DIR", help="holds the checkpoints; default: logs")
     text = "the trained weights; default: nuclei.pth"
     add("--output", type=Path, default="nuclei.pth", metavar="FILE", help=text)
+    add("--report", metavar="DIR", help="of evaluate: write a page to look at, DIR/index.html")
     cli.add_device(parser)
     parser.set_defaults(run=lambda args: (train if args.command == "train" else evaluate)(args))
     return cli.run(parser, arguments)
