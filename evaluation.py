@@ -42,7 +42,7 @@ class CocoEvaluation:
         detections: what detect(masks="rle") gave of each image, by its internal id.
         precision: COCOeval's, for "bbox" and "segm": [10 IoUs from 0.5 to 0.95, 101 recalls from 0
             to 1, class without background] float64, -1 for a class without objects; objects of all
-            sizes, 100 detections of a class in an image.
+            sizes, max_detections of a class in an image.
     """
 
     bbox: dict[str, float]

@@ -365,7 +365,7 @@ METRIC_TEXTS = {
     "APl": "large, above 96² pixels",
     "AR1": "recall, 1 an image",
     "AR10": "recall, 10",
-    "AR100": "recall, 100",
+    "AR100": "recall, as many as count",
     "ARs": "recall, small",
     "ARm": "recall, medium",
     "ARl": "recall, large",
