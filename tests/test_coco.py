@@ -15,6 +15,7 @@ import coco
 import evaluation
 import utils
 import weights
+from augmentation import ColorJitter, ScaleJitter, horizontal_flip, rot90
 from coco import CATEGORY_IDS
 from config import Config
 from families import TORCHVISION_CLASS_NAMES
@@ -193,7 +194,7 @@ def test_the_stages_of_the_original(checkpoint, layout, tmp_path, monkeypatch):
     assert recorder.calls == expected
     assert recorder.train.num_images == 4
     assert recorder.val.num_images == 2
-    assert recorder.options["augmentation"] is coco.horizontal_flip
+    assert recorder.options["augmentation"].augmentations == (coco.horizontal_flip,)
     metrics = recorder.options["evaluate"](recorder.model)
     assert [*metrics] == ["bbox_AP", "bbox_AP50", "segm_AP", "segm_AP50"]
 
@@ -204,6 +205,29 @@ def test_the_stages_of_the_original(checkpoint, layout, tmp_path, monkeypatch):
     config = recorder.model.config
     assert (config.IMAGE_MAX_DIM, config.IMAGE_MIN_DIM, config.IMAGES_PER_GPU) == (192, 150, 4)
     assert config.NAME == "coco"
+
+
+def test_a_few_photographs_and_the_small_network(tmp_path, monkeypatch, capsys):
+    own_data(tmp_path)
+    own = ["--images", str(tmp_path), "--annotations", str(tmp_path / "train.json")]
+    run = ["train", *own, f"--logs={tmp_path / 'logs'}", "--model=shapes", "--val-share=0"]
+    recorder = Recorder(monkeypatch)
+    assert coco.main(run) == 0
+    assert recorder.calls == [("all", 5, 0.0015)]
+    config = recorder.model.config
+    assert (config.IMAGE_MAX_DIM, config.IMAGES_PER_GPU, config.STEPS_PER_EPOCH) == (256, 4, 100)
+    assert (config.TRAIN_BN, config.OPTIMIZER, config.LR_SCHEDULE) == (True, "adamw", "cosine")
+    flip, scale, color = recorder.options["augmentation"].augmentations
+    assert flip is horizontal_flip
+    assert isinstance(scale, ScaleJitter)
+    assert isinstance(color, ColorJitter)
+
+    assert coco.main([*run, "--augment=turn,color"]) == 0
+    assert recorder.options["augmentation"].augmentations[0] is rot90
+    assert coco.main([*run, "--augment=turn,blur"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "coco.py: --augment must be of flip, turn, scale, color, got 'blur'"
+    )
 
 
 def test_the_seed_comes_before_the_weights(layout, tmp_path, monkeypatch):
