@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the folder of the library
 
 import cli
 import utils
@@ -20,6 +19,8 @@ import utils
 with cli.extra("notebooks"):
     import nbformat
     from nbclient import NotebookClient
+
+FOLDER = Path(__file__).resolve().parent
 
 
 def execute(path: Path, timeout: int = 600) -> Any:
@@ -34,6 +35,7 @@ def execute(path: Path, timeout: int = 600) -> Any:
         timeout=timeout,
         kernel_name="python3",
         record_timing=False,  # or each run would change each cell
+        extra_arguments=["--log-level=40"],  # errors only: it warns of being local
         resources={"metadata": {"path": str(path.parent)}},
     )
     client.execute()

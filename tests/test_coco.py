@@ -208,9 +208,7 @@ def test_the_stages_of_the_original(checkpoint, layout, tmp_path, monkeypatch):
 
 
 def test_a_few_photographs_and_the_small_network(tmp_path, monkeypatch, capsys):
-    own_data(tmp_path)
-    own = ["--images", str(tmp_path), "--annotations", str(tmp_path / "train.json")]
-    run = ["train", *own, f"--logs={tmp_path / 'logs'}", "--model=shapes", "--val-share=0"]
+    run = ["train", *own_data(tmp_path, 6), f"--logs={tmp_path / 'logs'}", "--model=shapes"]
     recorder = Recorder(monkeypatch)
     assert coco.main(run) == 0
     assert recorder.calls == [("all", 5, 0.0015)]

@@ -44,6 +44,7 @@ ONLY_PARSED = {
     "weights.py download": "needs the network",
     "--model torchvision": "needs the network",
     "samples/shapes.py train": "takes an hour",
+    "--augment flip": "takes minutes",
     "benchmarks/": "takes minutes",
 }
 # What the text says and what is run.
