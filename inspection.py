@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import evaluation
 import utils
@@ -171,7 +170,7 @@ def inspect(
     classes: Counter[int] = Counter()
     crowds = 0
     anchors = functools.lru_cache(2)(functools.partial(_anchors, config))
-    for image_id in tqdm(ids, desc="inspect", unit="image"):
+    for image_id in utils.progress(ids, desc="inspect", unit="image"):
         try:
             height, width = dataset.load_image(image_id).shape[:2]
             instances = evaluation.ground_truth(dataset, image_id)

@@ -13,7 +13,6 @@ import colorsys
 import html
 import math
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from skimage.measure import find_contours
 from torch import Tensor, nn
 
@@ -814,19 +814,20 @@ def plot_loss(
 
 def plot_history(records: Sequence[Mapping[str, float]]) -> Figure:
     """Plots a run by epoch, from the records of history.read_history: its losses and its AP."""
-    figure = _figure((10, 3.4))
-    figure.set_layout_engine("constrained")
     panels = {"loss": ("loss", "val_loss"), "AP": ("segm_AP50", "segm_AP", "bbox_AP50", "bbox_AP")}
+    known = {name for record in records for name in record}
+    panels = {title: names for title, names in panels.items() if known.intersection(names)}
+    figure = _figure((5 * max(1, len(panels)), 3.4))
+    figure.set_layout_engine("constrained")
     for n, (title, names) in enumerate(panels.items(), start=1):
-        ax = figure.add_subplot(1, 2, n)
-        for name in names:
-            points = [(r["epoch"], r[name]) for r in records if name in r]
-            if points:
-                ax.plot(*zip(*points, strict=True), marker=".", label=name)
-                ax.legend()
+        ax = figure.add_subplot(1, len(panels), n)
+        for name in filter(known.__contains__, names):
+            points = [(record["epoch"], record[name]) for record in records if name in record]
+            ax.plot(*zip(*points, strict=True), marker=".", label=name)
         ax.set(xlabel="epoch", title=title)
         ax.set_ylim(bottom=0, top=1 if title == "AP" else None)
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.legend()
     return figure
 
 
@@ -871,7 +872,7 @@ def display_activations(
         for _ in range(channels - len(order)):  # rows stay rows
             images.append(np.ones((*maps.shape[1:], 3)))
             titles.append("")
-    return display_images(images, titles, channels, "viridis", interpolation="nearest", **options)
+    return display_images(images, titles, channels, "viridis", interpolation="bilinear", **options)
 
 
 # --- Tables --------------------------------------------------------------------------------------
@@ -880,7 +881,7 @@ def display_activations(
 def display_table(table: Sequence[Sequence[Any]]) -> None:
     """Shows rows of cells as HTML in a notebook, and prints them aligned elsewhere."""
     cells = [[str(cell) for cell in row] for row in table]
-    if hasattr(getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)(), "kernel"):
+    if utils.in_notebook():
         from IPython.display import HTML, display
 
         rows = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in cells)

@@ -23,7 +23,7 @@ with cli.extra("notebooks"):
 FOLDER = Path(__file__).resolve().parent
 
 
-def execute(path: Path, timeout: int = 600) -> Any:
+def execute(path: Path, timeout: int | None = None) -> Any:
     """The notebook of a file, run in its folder by a new kernel of this Python, with its outputs.
 
     Raises:
@@ -76,9 +76,14 @@ def run(args: argparse.Namespace) -> None:
     """Executes and saves."""
     paths = [FOLDER / name for name in args.names] or sorted(FOLDER.glob("*.ipynb"))
     for path in paths:
-        text = nbformat.writes(execute(path)) + "\n"
-        utils.write_atomic(path, lambda file, text=text: file.write(text.encode()))
-        print(f"{path.name}: {len(text) / 1000:.0f} kB")
+        save(execute(path), path)
+        print(f"{path.name}: {path.stat().st_size / 1000:.0f} kB")
+
+
+def save(notebook: Any, path: Path) -> None:
+    """Writes a notebook."""
+    text = nbformat.writes(notebook) + "\n"
+    utils.write_atomic(path, lambda file: file.write(text.encode()))
 
 
 if __name__ == "__main__":

@@ -588,6 +588,8 @@ def test_plot_history():
     (line,) = scores.lines
     assert line.get_label() == "segm_AP"
     np.testing.assert_array_equal(line.get_xydata(), [[2, 0.25]])
+    assert len(visualize.plot_history(records[:1]).axes) == 1  # nothing was evaluated
+    assert visualize.plot_history([]).axes == []
 
 
 def test_plot_weights():
