@@ -58,7 +58,7 @@ CLASS_LAYERS = ("classifier.linear_class", "classifier.linear_bbox", "mask.conv5
 # Layers, last epoch, and what the learning rate is multiplied with. For MS COCO as Matterport's.
 STAGES = (("heads", 40, 1.0), ("4+", 120, 1.0), ("all", 160, 0.1))
 OWN_STAGES = (("heads", 10, 1.0), ("all", 30, 0.1))
-# From "shapes", whose BatchNorm learns: there are no layers that others should leave alone.
+# Of networks whose BatchNorm learns, as that of "shapes": small enough to train whole at once.
 SMALL_STAGES = (("all", 5, 1.0),)
 # What --augment names.
 AUGMENTATIONS: dict[str, Augmentation] = {

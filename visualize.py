@@ -834,6 +834,8 @@ def plot_history(records: Sequence[Mapping[str, float]]) -> Figure:
 def plot_weights(model: nn.Module, pattern: str = r".*\.weight", limit: int = 12) -> Figure:
     """Plots histograms of the weights whose names match a regular expression, the first `limit`.
 
+    Numbers that are not finite are left out; see display_weight_stats.
+
     Raises:
         ValueError: no name matches.
     """
@@ -847,7 +849,8 @@ def plot_weights(model: nn.Module, pattern: str = r".*\.weight", limit: int = 12
     figure.set_layout_engine("constrained")
     for n, (name, tensor) in enumerate(chosen, start=1):
         ax = figure.add_subplot(rows, min(4, len(chosen)), n)
-        ax.hist(tensor.detach().float().cpu().numpy().ravel(), bins=60)
+        values = tensor.detach().float().cpu().numpy().ravel()
+        ax.hist(values[np.isfinite(values)], bins=60)
         ax.set_title(f"{name}\n{' x '.join(map(str, tensor.shape))}", size=FONT_SIZE)
         ax.set_yticks([])
         ax.locator_params(axis="x", nbins=4)

@@ -16,7 +16,7 @@ import evaluation
 import utils
 import weights
 from augmentation import ColorJitter, ScaleJitter, horizontal_flip, rot90
-from coco import CATEGORY_IDS
+from coco import CATEGORY_IDS, CocoDataset
 from config import Config
 from families import TORCHVISION_CLASS_NAMES
 from model import MaskRCNN
@@ -226,6 +226,27 @@ def test_a_few_photographs_and_the_small_network(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines()[-1] == (
         "coco.py: --augment must be of flip, turn, scale, color, got 'blur'"
     )
+
+
+@pytest.mark.slow
+@needs_shared("data/fruits_nuts")
+def test_the_recipe_for_small_data_sets(tmp_path):
+    """Of docs/training.md, with a third of the 18 photographs held out."""
+    folder = SHARED / "data" / "fruits_nuts"
+    own = ["--images", str(folder / "images"), "--annotations", str(folder / "instances.json")]
+    run = ["train", *own, "--model=shapes", "--augment=flip,turn,scale,color", "--device=cpu"]
+    assert coco.main([*run, "--val-share=0.34", "--seed=1", f"--logs={tmp_path}"]) == 0
+    (path,) = tmp_path.glob("*/mask_rcnn_coco_0005.pth")
+    model = MaskRCNN.from_weights(path)
+    dataset = CocoDataset()
+    dataset.load_annotations(folder / "images", folder / "instances.json")
+    dataset.prepare()
+    _, held_out = dataset.split(0.34, seed=1)
+    result = evaluation.evaluate_coco(model, held_out, min_confidence=0.0)
+    print(result)
+    assert result.images == 6
+    assert result.segm["AP50"] > 0.7  # it was @@
+    assert min(result.segm_per_class.values()) > 0.25
 
 
 def test_the_seed_comes_before_the_weights(layout, tmp_path, monkeypatch):

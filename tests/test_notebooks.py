@@ -13,10 +13,8 @@ sys.path.insert(0, str(ROOT / "notebooks"))
 import run  # noqa: E402 - after the packages that it needs
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-# What tells where a notebook was run: folders, addresses, objects' places in memory.
-OF_A_MACHINE = (
-    r"(?<![\w.:/])/(tmp|home|root|usr|var|work|Users|opt)/|https?://(?!\w)|at 0x[0-9a-f]{6}"
-)
+# What tells where a notebook was run: folders, and objects' places in memory.
+OF_A_MACHINE = r"(?<![\w.])/(tmp|home|root|usr|var|work|Users|opt)/|at 0x[0-9a-f]{6}"
 
 
 def code_cells(notebook):

@@ -601,6 +601,8 @@ def test_plot_weights():
     assert first.patches[0].get_x() == pytest.approx(low)
     assert first.patches[-1].get_x() + first.patches[-1].get_width() == pytest.approx(high)
     assert len(visualize.plot_weights(model, ".*", limit=3).axes) == 3
+    model[0].weight.data[0] = torch.nan
+    assert sum(bar.get_height() for bar in visualize.plot_weights(model).axes[0].patches) == 9
     with pytest.raises(ValueError, match=r"such as 0\.weight, .*, got 'conv'"):
         visualize.plot_weights(model, "conv")
 
