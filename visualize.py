@@ -899,7 +899,7 @@ def display_weight_stats(model: nn.Module) -> list[list[str]]:
     """Shows, and returns as rows, the shape, range and spread of each weight and what is odd in it.
 
     "dead?" is a tensor of zeros other than a bias or a running mean, "overflow?" one with values
-    beyond 1000, "not finite" one with inf or nan.
+    beyond 1000 other than a running variance, "not finite" one with inf or nan.
     """
     table = [["weight", "shape", "min", "max", "std", "alert"]]
     for name, tensor in model.state_dict().items():
@@ -909,7 +909,7 @@ def display_weight_stats(model: nn.Module) -> list[list[str]]:
         alert = ""
         if not math.isfinite(high - low):
             alert = "not finite"
-        elif max(-low, high) > 1000:
+        elif max(-low, high) > 1000 and not name.endswith("running_var"):
             alert = "overflow?"
         elif low == high == 0 and not name.endswith(("bias", "running_mean")):
             alert = "dead?"

@@ -645,10 +645,11 @@ def test_display_weight_stats(capsys):
         model[0].weight.copy_(torch.tensor([[1.0, 2.0]]))
         model[2].weight.copy_(torch.tensor([[-2000.0, 0.0]]))
         model[2].bias.fill_(torch.nan)
+        model[3].running_var.fill_(5000)  # of what the layer is given: not a weight
     rows = {row[0]: row[1:] for row in visualize.display_weight_stats(model)}
     assert rows["0.weight"] == ["(1, 2)", "  +1.0000", "  +2.0000", "  +0.5000", ""]
     assert rows["1.weight"][-1] == "dead?"
-    assert rows["1.bias"][-1] == rows["3.running_mean"][-1] == ""
+    assert rows["1.bias"][-1] == rows["3.running_mean"][-1] == rows["3.running_var"][-1] == ""
     assert rows["2.weight"][-1] == "overflow?"
     assert rows["2.bias"][-1] == "not finite"
     assert "3.num_batches_tracked" not in rows
