@@ -5,6 +5,7 @@
     python coco.py evaluate --dataset=/path/to/coco --model=coco
     python coco.py inspect --images photos --annotations train.json
     python coco.py train --images photos --annotations via.json --format via --model=coco
+    python coco.py train --images photos --annotations few.json --model=shapes  # a small network
 
 Annotations are in COCO's format (https://cocodataset.org), or as VIA or labelme save them.
 """
@@ -29,13 +30,13 @@ import report
 import utils
 import weights
 from annotations import LabelmeDataset, ViaDataset
+from augmentation import Augmentation, ColorJitter, Compose, ScaleJitter, horizontal_flip, rot90
 from coco_dataset import CocoDataset
 from coco_dataset import LoadSummary as LoadSummary
 from coco_download import SUBSETS
 from coco_download import download as download
 from config import RESNETS, Config
-from dataset import horizontal_flip
-from downloads import PUBLISHED
+from downloads import PUBLISHED, SHIPPED
 from evaluation import build_coco_results as build_coco_results
 from evaluation import evaluate_coco, evaluator, least_score
 from families import CATEGORIES as CATEGORIES
@@ -59,6 +60,15 @@ CLASS_LAYERS = ("classifier.linear_class", "classifier.linear_bbox", "mask.conv5
 # Layers, last epoch, and what the learning rate is multiplied with. For MS COCO as Matterport's.
 STAGES = (("heads", 40, 1.0), ("4+", 120, 1.0), ("all", 160, 0.1))
 OWN_STAGES = (("heads", 10, 1.0), ("all", 30, 0.1))
+# Of networks whose BatchNorm learns, as that of "shapes": small enough to train whole at once.
+SMALL_STAGES = (("all", 5, 1.0),)
+# What --augment names.
+AUGMENTATIONS: dict[str, Augmentation] = {
+    "flip": horizontal_flip,
+    "turn": rot90,
+    "scale": ScaleJitter(0.6, 1.6),
+    "color": ColorJitter(),
+}
 
 
 def class_names(config: Config) -> list[str]:
@@ -87,7 +97,7 @@ def train(args: argparse.Namespace) -> None:
         model.config.STEPS_PER_EPOCH = own_steps(model.config, train_set.num_images)
     judge = None if val_set is None else evaluator(val_set, args.limit)
     with cli.resumable(model, "--model=last"):
-        for layers, epochs, rate in stages(args, model.config.LEARNING_RATE):
+        for layers, epochs, rate in stages(args, model.config):
             logger.info("layers %s to epoch %d at %g", layers, epochs, rate)
             model.train_model(
                 train_set,
@@ -95,7 +105,7 @@ def train(args: argparse.Namespace) -> None:
                 rate,
                 epochs,
                 layers,
-                augmentation=horizontal_flip,
+                augmentation=augmentation(args),
                 callbacks=[log_epoch],
                 evaluate=judge,
             )
@@ -147,12 +157,20 @@ def own_steps(config: Config, images: int) -> int:
     return max(100, math.ceil(images / batch))
 
 
-def stages(args: argparse.Namespace, rate: float) -> list[tuple[str, int, float]]:
+def stages(args: argparse.Namespace, config: Config) -> list[tuple[str, int, float]]:
     """Layers, last epoch and learning rate of each stage."""
+    rate = config.LEARNING_RATE
     if args.epochs or args.layers:
         return [(args.layers or "all", args.epochs or 40, rate)]
-    schedule = OWN_STAGES if args.dataset is None else STAGES
+    own = SMALL_STAGES if config.TRAIN_BN else OWN_STAGES
+    schedule = own if args.dataset is None else STAGES
     return [(layers, epochs, rate * factor) for layers, epochs, factor in schedule]
+
+
+def augmentation(args: argparse.Namespace) -> Augmentation:
+    """What happens to training images: --augment, or what suits most data."""
+    names = args.augment or (["flip", "scale", "color"] if args.dataset is None else ["flip"])
+    return Compose(*(AUGMENTATIONS[name] for name in names))
 
 
 def model_to_train(
@@ -389,13 +407,15 @@ EXAMPLES = {
   python coco.py train --images a b --annotations a.json b.json --classes cat,dog --model coco
   python coco.py train --images photos --annotations via.json --format via --model coco
   python coco.py train --images photos --annotations photos --format labelme --model coco
+  python coco.py train --images photos --annotations few.json --model shapes \\
+      --augment flip,turn,scale,color
   torchrun --nproc-per-node=8 -- coco.py train --dataset=/path/to/coco --model=imagenet
   python coco.py train --dataset=/path/to/coco --model=imagenet --logs=job7 --resume
 
 Stages without --epochs and --layers: on MS COCO heads to epoch 40, stage 4 and up to epoch 120,
 all layers to epoch 160 at a tenth of the learning rate; on one's own data heads to epoch 10, all
-layers to epoch 30 at a tenth. Images are flipped at random. What is not given is as in the file of
---model, or as in config.py.""",
+layers to epoch 30 at a tenth, and from shapes all layers to epoch 5. What is not given is as in the
+file of --model, or as in config.py.""",
     "evaluate": """examples:
   python coco.py evaluate --dataset=/path/to/coco --model=coco --limit 0
   python coco.py evaluate --dataset=/path/to/coco --model=detectron2_r50 --limit 0
@@ -500,8 +520,9 @@ def add_model_options(parser: cli.Parser, command: str) -> None:
     """Which model, and where it computes. An option in capitals is one of Config."""
     group = parser.add_argument_group("model")
     add = group.add_argument
-    models = [*PUBLISHED, *(("imagenet", "random") if command == "train" else ()), "last"]
-    text = f"weights: {', '.join(models)} or a file (.h5, .pth, .pkl)"
+    starts = ("imagenet", "random") if command == "train" else ()
+    models = ", ".join([*PUBLISHED, *SHIPPED, *starts, "last"])
+    text = f"weights: {models} or a file (.h5, .pth, .pkl)"
     add("--model", required=True, help=text)
     add("--logs", default="logs", metavar="DIR", help="holds the checkpoints; default: logs")
     if command == "evaluate":
@@ -545,6 +566,11 @@ def add_training_options(parser: cli.Parser) -> None:
     text = "of an epoch; default: 1000, and for one's own data once through it, at least 100"
     add("--steps", dest="STEPS_PER_EPOCH", type=cli.whole(1), metavar="N", help=text)
     add("--lr", dest="LEARNING_RATE", type=cli.positive, metavar="X", help="learning rate")
+    text = (
+        "what happens to images at random: flip, turn (by quarters, where no side is up), scale,"
+        " color; default: flip, and for one's own data flip,scale,color"
+    )
+    add("--augment", type=cli.names, metavar="A,B", help=text)
     text = "batches that make one step"
     add("--accumulate", dest="GRADIENT_ACCUMULATION", type=cli.whole(1), metavar="N", help=text)
     add("--amp", dest="AMP", choices=("bf16", "fp16"), help="compute in 16 bits")
@@ -579,6 +605,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--class-attribute is for --format via")
     if args.command == "train":
         check_validation(args)
+        check_augmentation(args)
     if args.download and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("--download must not run under torchrun; run inspect --download before")
     CocoConfig(**config_options(args)).validate()
@@ -592,6 +619,13 @@ def check_validation(args: argparse.Namespace) -> None:
         raise ValueError("--val-images needs --val-annotations")
     if args.val_share is not None and (args.dataset is not None or args.val_annotations):
         raise ValueError("--val-share is for --annotations without --val-annotations")
+
+
+def check_augmentation(args: argparse.Namespace) -> None:
+    """Raises ValueError for a name that --augment does not know."""
+    for name in args.augment or ():
+        if name not in AUGMENTATIONS:
+            raise ValueError(f"--augment must be of {', '.join(AUGMENTATIONS)}, got {name!r}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

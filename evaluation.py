@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 import distributed
 import utils
@@ -344,7 +343,7 @@ def _detect_all(
         return {i: image for i, image in images.items() if image is not None}
 
     disable = not (verbose and distributed.is_main())
-    bar = tqdm(total=len(image_ids), desc="evaluate", unit="image", disable=disable)
+    bar = utils.progress(total=len(image_ids), desc="evaluate", unit="image", disable=disable)
     # One thread decodes the next batch while the model works on this one.
     with ThreadPoolExecutor(1) as pool, bar:
         following = pool.submit(load, batches[0]) if batches else None

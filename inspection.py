@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import evaluation
 import utils
@@ -237,7 +236,7 @@ def survey(dataset: utils.Dataset, config: Config, limit: int | None = None) -> 
     images, faults = [], []
     anchors = functools.lru_cache(2)(functools.partial(_anchors, config))
     ids = _spread(range(dataset.num_images), limit or dataset.num_images)
-    for image_id in tqdm(ids, desc="inspect", unit="image"):
+    for image_id in utils.progress(ids, desc="inspect", unit="image"):
         try:
             height, width = dataset.load_image(image_id).shape[:2]
             instances = evaluation.ground_truth(dataset, image_id)

@@ -30,7 +30,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import checkpoints
 import fused
@@ -807,7 +806,8 @@ class MaskRCNN(nn.Module):
         found: list[list[Any]] = [[] for _ in images]
         size, whole = self.config.BATCH_SIZE, max(map(len, views), default=1) == 1
         total = sum(map(len, views))
-        bar = tqdm(total=total, unit="window", leave=False, disable=whole or not verbose)
+        hidden = whole or not verbose
+        bar = utils.progress(total=total, unit="window", leave=False, disable=hidden)
         with utils.evaluating(self), bar:
             for (scale, _), members in batches.items():
                 for start in range(0, len(members), size):

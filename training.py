@@ -24,7 +24,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import utils
 from checkpoints import Run, Stage, chance_of_its_own, make_folder
@@ -336,7 +335,7 @@ def train_epoch(
     config, steps = trainer.config, trainer.config.STEPS_PER_EPOCH
     first, last = stage.start * steps, stage.epochs * steps
     title = f"epoch {run.epoch + 1}/{stage.epochs}"
-    with tqdm(total=steps, initial=run.step, desc=title, disable=not is_main()) as bar:
+    with utils.progress(total=steps, initial=run.step, desc=title, disable=not is_main()) as bar:
         while run.step < steps:
             factor = rate_factor(run.steps(config) - first, last - first, config)
             rate = stage.learning_rate * factor

@@ -13,7 +13,7 @@ import os
 import platform
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from config import Config, are_network_sides
 
@@ -60,6 +61,17 @@ def keep_memory() -> None:
         # glibc before 2.35 refuses more than 32 MB.
         if any(library.mallopt(mmap_threshold, size) for size in (1 << 28, 1 << 25)):
             library.mallopt(trim_threshold, 1 << 30)
+
+
+def in_notebook() -> bool:
+    """Whether a cell of a Jupyter notebook runs this."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return hasattr(shell, "kernel")
+
+
+def progress(iterable: Iterable[Any] | None = None, **options: Any) -> "tqdm[Any]":
+    """tqdm's bar: on stderr, or in a notebook, which shows that in red, on stdout."""
+    return tqdm(iterable, file=sys.stdout if in_notebook() else sys.stderr, **options)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,6 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
-from tqdm import tqdm
 
 import cli
 import utils
@@ -274,7 +273,7 @@ def redraw(
             written.
     """
     count = 0
-    with Video(source) as clip, tqdm(total=clip.frame_count, unit=" frames") as bar:
+    with Video(source) as clip, utils.progress(total=clip.frame_count, unit=" frames") as bar:
 
         def pictures() -> Iterator[tuple[Frame, Any]]:
             nonlocal count

@@ -14,24 +14,27 @@ import colorsys
 import functools
 import html
 import math
-import sys
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from skimage.measure import find_contours
-from torch import nn
+from torch import Tensor, nn
 
 import utils
+from config import Config
 
 Masks = np.ndarray | Sequence[dict[str, Any]] | Sequence[np.ndarray]
 Colors = Sequence[Any] | np.ndarray | str | None
@@ -662,6 +665,68 @@ def display_top_masks(
     return display_images(images, titles, len(images), "Blues_r", **options)
 
 
+# --- What training sees --------------------------------------------------------------------------
+
+
+def draw_annotations(dataset: utils.Dataset, image_id: int, **options: Any) -> np.ndarray:
+    """Draws an image of a data set with its objects, crowds included; options as draw_instances."""
+    masks, class_ids = dataset.load_mask(image_id)
+    boxes = utils.extract_bboxes(masks)
+    image = dataset.load_image(image_id)
+    return draw_instances(image, boxes, masks, class_ids, dataset.class_names, **options)
+
+
+def draw_target(image: Tensor, target: Mapping[str, Any], class_names: Sequence[str]) -> np.ndarray:
+    """Draws an item of dataset.TorchDataset: what the network is shown, and what it should say.
+
+    Args:
+        image: [3, H, W], network input.
+        target: its boxes, class_ids and masks, mini masks or [N, H, W], as TorchDataset gives them.
+        class_names: one name per class id.
+
+    Returns:
+        [H, W, 3] uint8. Mini masks are drawn at the size of their boxes, with what they lost.
+    """
+    pixels = image.permute(1, 2, 0).numpy().round().clip(0, 255).astype(np.uint8)
+    boxes, masks = target["boxes"].numpy().round().astype(int), target["masks"].numpy()
+    masks = masks.transpose(1, 2, 0)
+    if masks.shape[:2] != pixels.shape[:2]:
+        masks = utils.expand_mask(boxes, masks, pixels.shape)
+    return draw_instances(pixels, boxes, masks, target["class_ids"].numpy(), class_names)
+
+
+def draw_anchor_levels(image: np.ndarray, config: Config) -> np.ndarray:
+    """Draws the anchors of each pyramid level: where they stand, and in the middle how large.
+
+    Args:
+        image: [H, W, 3] uint8, a network input: sides as the config's resizing leaves them.
+
+    Returns:
+        A titled panel for each of P2 to P6 side by side, uint8.
+    """
+    shapes, strides = config.backbone_shapes(image.shape), config.anchor_strides(image.shape)
+    scale = np.clip(max(image.shape), 192, 320) / max(image.shape)
+    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+    figure, axes = _sheet(height, width, 1, 5)
+    for n, (ax, size) in enumerate(zip(axes[0], config.RPN_ANCHOR_SCALES, strict=True)):
+        anchors = utils.generate_anchors(
+            size,
+            config.RPN_ANCHOR_RATIOS,
+            shapes[n],
+            strides[n],
+            config.RPN_ANCHOR_STRIDE,
+            config.RPN_ANCHOR_ROUNDING,
+        )
+        centers = (anchors[:, :2] + anchors[:, 2:]) / 2
+        middle = np.abs(centers - np.divide(image.shape[:2], 2)).sum(axis=1)
+        nearest = anchors[middle < middle.min() + 0.5]
+        _draw_image(ax, _dimmed(image), f"P{n + 2}: {len(anchors)} of {size:g} pixels")
+        ax.plot(*(centers[:, ::-1].T - 0.5), ",", color="white")
+        _draw_boxes(ax, nearest, np.array([hue_color(n)] * len(nearest)), linewidths=1.2)
+        ax.set(xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5))
+    return _render(figure)
+
+
 # --- The four stages of the pipeline; the fourth is draw_instances -------------------------------
 
 
@@ -846,13 +911,79 @@ def plot_loss(
     return figure
 
 
+def plot_history(records: Sequence[Mapping[str, float]]) -> Figure:
+    """Plots a run by epoch, from the records of history.read_history: its losses and its AP."""
+    panels = {"loss": ("loss", "val_loss"), "AP": ("segm_AP50", "segm_AP", "bbox_AP50", "bbox_AP")}
+    known = {name for record in records for name in record}
+    panels = {title: names for title, names in panels.items() if known.intersection(names)}
+    figure = _figure((5 * max(1, len(panels)), 3.4))
+    figure.set_layout_engine("constrained")
+    for n, (title, names) in enumerate(panels.items(), start=1):
+        ax = figure.add_subplot(1, len(panels), n)
+        for name in filter(known.__contains__, names):
+            points = [(record["epoch"], record[name]) for record in records if name in record]
+            ax.plot(*zip(*points, strict=True), marker=".", label=name)
+        ax.set(xlabel="epoch", title=title)
+        ax.set_ylim(bottom=0, top=1 if title == "AP" else None)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.legend()
+    return figure
+
+
+def plot_weights(model: nn.Module, pattern: str = r".*\.weight", limit: int = 12) -> Figure:
+    """Plots histograms of the weights whose names match a regular expression, the first `limit`.
+
+    Numbers that are not finite are left out; see display_weight_stats.
+
+    Raises:
+        ValueError: no name matches.
+    """
+    found = {name: t for name, t in model.state_dict().items() if re.fullmatch(pattern, name)}
+    if not found:
+        names = ", ".join(list(model.state_dict())[:3])
+        raise ValueError(f"pattern must match names such as {names}, got {pattern!r}")
+    chosen = list(found.items())[:limit]
+    rows = math.ceil(len(chosen) / 4)
+    figure = _figure((14, 2.6 * rows))
+    figure.set_layout_engine("constrained")
+    for n, (name, tensor) in enumerate(chosen, start=1):
+        ax = figure.add_subplot(rows, min(4, len(chosen)), n)
+        values = tensor.detach().float().cpu().numpy().ravel()
+        ax.hist(values[np.isfinite(values)], bins=60)
+        ax.set_title(f"{name}\n{' x '.join(map(str, tensor.shape))}", size=FONT_SIZE)
+        ax.set_yticks([])
+        ax.locator_params(axis="x", nbins=4)
+    return figure
+
+
+def display_activations(
+    activations: Mapping[str, Tensor | np.ndarray], channels: int = 6, **options: Any
+) -> Figure:
+    """Shows feature maps, a row for each: the `channels` that vary most, each in its own range.
+
+    Args:
+        activations: maps [C, h, w] by name.
+        options: go to display_images: show, save_path.
+    """
+    images, titles = [], []
+    for name, activation in activations.items():
+        maps = np.asarray(torch.as_tensor(activation).detach().cpu().float())
+        order = np.argsort(-maps.std(axis=(1, 2)), kind="stable")[:channels]
+        images += [maps[i] for i in order]
+        titles += [f"{name}, channel {i}" for i in order]
+        for _ in range(channels - len(order)):  # rows stay rows
+            images.append(np.ones((*maps.shape[1:], 3)))
+            titles.append("")
+    return display_images(images, titles, channels, "viridis", interpolation="bilinear", **options)
+
+
 # --- Tables --------------------------------------------------------------------------------------
 
 
 def display_table(table: Sequence[Sequence[Any]]) -> None:
     """Shows rows of cells as HTML in a notebook, and prints them aligned elsewhere."""
     cells = [[str(cell) for cell in row] for row in table]
-    if hasattr(getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)(), "kernel"):
+    if utils.in_notebook():
         from IPython.display import HTML, display
 
         rows = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in cells)
@@ -867,7 +998,7 @@ def display_weight_stats(model: nn.Module) -> list[list[str]]:
     """Shows, and returns as rows, the shape, range and spread of each weight and what is odd in it.
 
     "dead?" is a tensor of zeros other than a bias or a running mean, "overflow?" one with values
-    beyond 1000, "not finite" one with inf or nan.
+    beyond 1000 other than a running variance, "not finite" one with inf or nan.
     """
     table = [["weight", "shape", "min", "max", "std", "alert"]]
     for name, tensor in model.state_dict().items():
@@ -877,7 +1008,7 @@ def display_weight_stats(model: nn.Module) -> list[list[str]]:
         alert = ""
         if not math.isfinite(high - low):
             alert = "not finite"
-        elif max(-low, high) > 1000:
+        elif max(-low, high) > 1000 and not name.endswith("running_var"):
             alert = "overflow?"
         elif low == high == 0 and not name.endswith(("bias", "running_mean")):
             alert = "dead?"

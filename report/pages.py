@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 import evaluation
 import utils
@@ -97,7 +96,7 @@ def _write(
         with ThreadPoolExecutor(threads) as pool:
             jobs = [pool.submit(draw, image_id, Path(drawn)) for image_id in image_ids]
             try:
-                for job in tqdm(jobs, desc="report", unit="picture"):
+                for job in utils.progress(jobs, desc="report", unit="picture"):
                     job.result()
             except BaseException:
                 pool.shutdown(cancel_futures=True)

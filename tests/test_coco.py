@@ -15,7 +15,8 @@ import coco
 import evaluation
 import utils
 import weights
-from coco import CATEGORY_IDS
+from augmentation import ColorJitter, ScaleJitter, horizontal_flip, rot90
+from coco import CATEGORY_IDS, CocoDataset
 from config import Config
 from families import TORCHVISION_CLASS_NAMES
 from model import MaskRCNN
@@ -193,7 +194,7 @@ def test_the_stages_of_the_original(checkpoint, layout, tmp_path, monkeypatch):
     assert recorder.calls == expected
     assert recorder.train.num_images == 4
     assert recorder.val.num_images == 2
-    assert recorder.options["augmentation"] is coco.horizontal_flip
+    assert recorder.options["augmentation"].augmentations == (coco.horizontal_flip,)
     metrics = recorder.options["evaluate"](recorder.model)
     assert [*metrics] == ["bbox_AP", "bbox_AP50", "segm_AP", "segm_AP50"]
 
@@ -204,6 +205,48 @@ def test_the_stages_of_the_original(checkpoint, layout, tmp_path, monkeypatch):
     config = recorder.model.config
     assert (config.IMAGE_MAX_DIM, config.IMAGE_MIN_DIM, config.IMAGES_PER_GPU) == (192, 150, 4)
     assert config.NAME == "coco"
+
+
+def test_a_few_photographs_and_the_small_network(tmp_path, monkeypatch, capsys):
+    run = ["train", *own_data(tmp_path, 6), f"--logs={tmp_path / 'logs'}", "--model=shapes"]
+    recorder = Recorder(monkeypatch)
+    assert coco.main(run) == 0
+    assert recorder.calls == [("all", 5, 0.0015)]
+    config = recorder.model.config
+    assert (config.IMAGE_MAX_DIM, config.IMAGES_PER_GPU, config.STEPS_PER_EPOCH) == (256, 4, 100)
+    assert (config.TRAIN_BN, config.OPTIMIZER, config.LR_SCHEDULE) == (True, "adamw", "cosine")
+    flip, scale, color = recorder.options["augmentation"].augmentations
+    assert flip is horizontal_flip
+    assert isinstance(scale, ScaleJitter)
+    assert isinstance(color, ColorJitter)
+
+    assert coco.main([*run, "--augment=turn,color"]) == 0
+    assert recorder.options["augmentation"].augmentations[0] is rot90
+    assert coco.main([*run, "--augment=turn,blur"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "coco.py: --augment must be of flip, turn, scale, color, got 'blur'"
+    )
+
+
+@pytest.mark.slow
+@needs_shared("data/fruits_nuts")
+def test_the_recipe_for_small_data_sets(tmp_path):
+    """Of docs/training.md, with a third of the 18 photographs held out."""
+    folder = SHARED / "data" / "fruits_nuts"
+    own = ["--images", str(folder / "images"), "--annotations", str(folder / "instances.json")]
+    run = ["train", *own, "--model=shapes", "--augment=flip,turn,scale,color", "--device=cpu"]
+    assert coco.main([*run, "--val-share=0.34", "--seed=1", f"--logs={tmp_path}"]) == 0
+    (path,) = tmp_path.glob("*/mask_rcnn_coco_0005.pth")
+    model = MaskRCNN.from_weights(path)
+    dataset = CocoDataset()
+    dataset.load_annotations(folder / "images", folder / "instances.json")
+    dataset.prepare()
+    _, held_out = dataset.split(0.34, seed=1)
+    result = evaluation.evaluate_coco(model, held_out, min_confidence=0.0)
+    print(result)
+    assert result.images == 6
+    assert result.segm["AP50"] > 0.7  # it was @@
+    assert min(result.segm_per_class.values()) > 0.25
 
 
 def test_the_seed_comes_before_the_weights(layout, tmp_path, monkeypatch):

@@ -51,6 +51,7 @@ ONLY_PARSED = {
     "samples/shapes.py train": "takes an hour",
     "samples/ray_detect.py": "starts Ray, which takes half a minute",
     "--logs=job7": "needs MS COCO",
+    "--augment flip": "takes minutes",
     "benchmarks/": "takes minutes",
 }
 # What the text says and what is run.

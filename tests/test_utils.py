@@ -10,6 +10,7 @@ import platform
 import random
 import subprocess
 import sys
+import types
 import warnings
 
 import numpy as np
@@ -787,3 +788,21 @@ print(faults() - first)
     )
     if platform.libc_ver()[0] == "glibc":
         assert int(result.stdout) < 1000  # of 64 MB, which are 16384 pages
+
+
+def test_progress_is_on_stdout_in_a_notebook_alone(monkeypatch, capsys):
+    assert list(utils.progress([1, 2], desc="count")) == [1, 2]
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "count: 100%" in err
+
+    ipython = types.ModuleType("IPython")
+    ipython.get_ipython = lambda: types.SimpleNamespace(kernel=None)
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    with utils.progress(total=2) as bar:
+        bar.update(2)
+    out, err = capsys.readouterr()
+    assert "2/2" in out
+    assert err == ""
+    ipython.get_ipython = lambda: None  # imported, as by matplotlib, but nothing runs in it
+    assert not utils.in_notebook()

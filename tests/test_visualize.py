@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from conftest import TinyNetwork
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.figure import Figure
@@ -15,6 +16,7 @@ from skimage.io import imread
 
 import utils
 import visualize
+from dataset import TorchDataset
 
 NAMES = ["BG", "cat", "dog", "bird"]
 # Both draw instances, the second one for the frames of videos.
@@ -647,6 +649,45 @@ def test_plot_loss(tmp_path):
         visualize.plot_loss([3], [3])
 
 
+def test_plot_history():
+    records = [
+        {"epoch": 1, "loss": 3.0, "val_loss": 4.0},
+        {"epoch": 2, "loss": 2.0, "val_loss": 3.5, "segm_AP": 0.25},
+    ]
+    losses, scores = visualize.plot_history(records).axes
+    assert [line.get_label() for line in losses.lines] == ["loss", "val_loss"]
+    np.testing.assert_array_equal(losses.lines[1].get_xydata(), [[1, 4], [2, 3.5]])
+    (line,) = scores.lines
+    assert line.get_label() == "segm_AP"
+    np.testing.assert_array_equal(line.get_xydata(), [[2, 0.25]])
+    assert len(visualize.plot_history(records[:1]).axes) == 1  # nothing was evaluated
+    assert visualize.plot_history([]).axes == []
+
+
+def test_plot_weights():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 5))
+    first, second = visualize.plot_weights(model).axes
+    assert [ax.get_title() for ax in (first, second)] == ["0.weight\n4 x 3", "1.weight\n5 x 4"]
+    assert sum(bar.get_height() for bar in second.patches) == 20
+    low, high = (model[0].weight.min().item(), model[0].weight.max().item())
+    assert first.patches[0].get_x() == pytest.approx(low)
+    assert first.patches[-1].get_x() + first.patches[-1].get_width() == pytest.approx(high)
+    assert len(visualize.plot_weights(model, ".*", limit=3).axes) == 3
+    model[0].weight.data[0] = torch.nan
+    assert sum(bar.get_height() for bar in visualize.plot_weights(model).axes[0].patches) == 9
+    with pytest.raises(ValueError, match=r"such as 0\.weight, .*, got 'conv'"):
+        visualize.plot_weights(model, "conv")
+
+
+def test_display_activations_shows_the_liveliest_channels():
+    maps = torch.tensor([1.0, 3.0, 2.0])[:, None, None] * torch.eye(4)
+    figure = visualize.display_activations({"C2": maps, "C3": maps[:1].numpy()}, channels=2)
+    titles = [ax.get_title() for ax in figure.axes]
+    assert titles == ["C2, channel 1", "C2, channel 2", "C3, channel 0", ""]
+    np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), maps[1])
+    assert figure.axes[0].get_gridspec().get_geometry() == (2, 2)
+
+
 def test_display_table_prints(capsys):
     visualize.display_table([["name", "n"], ["weight", 12]])
     assert capsys.readouterr().out == "name    n\nweight  12\n"
@@ -676,14 +717,69 @@ def test_display_weight_stats(capsys):
         model[0].weight.copy_(torch.tensor([[1.0, 2.0]]))
         model[2].weight.copy_(torch.tensor([[-2000.0, 0.0]]))
         model[2].bias.fill_(torch.nan)
+        model[3].running_var.fill_(5000)  # of what the layer is given: not a weight
     rows = {row[0]: row[1:] for row in visualize.display_weight_stats(model)}
     assert rows["0.weight"] == ["(1, 2)", "  +1.0000", "  +2.0000", "  +0.5000", ""]
     assert rows["1.weight"][-1] == "dead?"
-    assert rows["1.bias"][-1] == rows["3.running_mean"][-1] == ""
+    assert rows["1.bias"][-1] == rows["3.running_mean"][-1] == rows["3.running_var"][-1] == ""
     assert rows["2.weight"][-1] == "overflow?"
     assert rows["2.bias"][-1] == "not finite"
     assert "3.num_batches_tracked" not in rows
     assert "overflow?" in capsys.readouterr().out
+
+
+class Blocks(utils.Dataset):
+    """An image of two rectangles, of which a mini mask loses nothing."""
+
+    def __init__(self):
+        super().__init__()
+        for i, name in enumerate(NAMES[1:], start=1):
+            self.add_class("pets", i, name)
+        self.add_image("pets", image_id=0, path=None)
+        self.prepare()
+
+    def load_image(self, image_id):
+        return np.random.default_rng(1).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+
+    def load_mask(self, image_id):
+        masks = np.zeros((128, 128, 2), bool)
+        masks[10:50, 20:60, 0] = masks[70:120, 60:118, 1] = True
+        return masks, np.array([1, 3], np.int32)
+
+
+def test_annotations_and_targets_are_drawn_as_instances():
+    data = Blocks()
+    image, (masks, class_ids) = data.load_image(0), data.load_mask(0)
+    boxes = np.array([[10, 20, 50, 60], [70, 60, 120, 118]])
+    expected = visualize.draw_instances(image, boxes, masks, class_ids, NAMES)
+    np.testing.assert_array_equal(visualize.draw_annotations(data, 0), expected)
+    plain = visualize.draw_instances(image, boxes, masks, class_ids, NAMES, captions=["", ""])
+    assert (plain != expected).any()
+    np.testing.assert_array_equal(visualize.draw_annotations(data, 0, captions=["", ""]), plain)
+    for options in ({}, {"MINI_MASK_SHAPE": (7, 9)}, {"USE_MINI_MASK": False}):
+        item = TorchDataset(data, TinyNetwork(NUM_CLASSES=4, **options))[0]
+        np.testing.assert_array_equal(visualize.draw_target(*item, NAMES), expected)
+
+
+def test_draw_anchor_levels(monkeypatch):
+    figures = []
+    render = visualize._render
+    monkeypatch.setattr(
+        visualize, "_render", lambda figure: figures.append(figure) or render(figure)
+    )
+    image = np.full((128, 64, 3), 90, np.uint8)
+    config = TinyNetwork(RPN_ANCHOR_RATIOS=(1, 4))
+    picture = visualize.draw_anchor_levels(image, config)
+    assert picture.dtype == np.uint8
+    first, *others = figures[0].axes
+    assert first.get_title() == f"P2: {2 * 32 * 16} of 8 pixels"
+    assert [ax.get_title() for ax in others][-1] == "P6: 4 of 128 pixels"
+    # In the middle a square of 8 x 8 pixels and one of 4 x 16.
+    boxes, dashes = polygons(first)
+    assert boxes.tolist() == [[60, 28, 68, 36], [62, 24, 66, 40]]
+    assert not any(dashes)
+    (dots,) = first.lines
+    assert len(np.unique(dots.get_xydata(), axis=0)) == 32 * 16
 
 
 @both
