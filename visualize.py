@@ -39,6 +39,7 @@ from config import Config
 Masks = np.ndarray | Sequence[dict[str, Any]] | Sequence[np.ndarray]
 Colors = Sequence[Any] | np.ndarray | str | None
 
+MOST_LABELS = 100  # more of them hide the picture
 LINE_WIDTH = 1.6  # points; the dpi of a picture follows its size, so lines and letters do too
 FONT_SIZE = 9.0
 LABEL_PADDING = 0.22  # of the font size
@@ -158,7 +159,9 @@ def _check_counts(
 def _captions(
     class_ids: np.ndarray, class_names: Sequence[str], scores: np.ndarray | None
 ) -> list[str]:
-    """Class name and score; a negative class id is a COCO crowd."""
+    """Class name and score; a negative class id is a COCO crowd. None where they would hide all."""
+    if len(class_ids) > MOST_LABELS:
+        return [""] * len(class_ids)
     names = [class_names[abs(i)] + (" (crowd)" if i < 0 else "") for i in class_ids]
     return names if scores is None else [f"{n} {s:.2f}" for n, s in zip(names, scores, strict=True)]
 
@@ -354,7 +357,8 @@ def draw_instances(
         class_names: one name per class id.
         scores: [N], shown after the class name.
         colors: one matplotlib colour per instance, or "class" for a fixed colour per class id.
-        captions: [N] texts instead of class name and score; an empty one draws no label.
+        captions: [N] texts instead of class name and score, which more than MOST_LABELS objects do
+            not get; an empty one draws no label.
         show_mask: whether to draw masks and their contours.
         show_bbox: whether to draw boxes.
         alpha: opacity of the masks.

@@ -728,6 +728,20 @@ def test_display_weight_stats(capsys):
     assert "overflow?" in capsys.readouterr().out
 
 
+@both
+def test_labels_give_way_to_the_picture_where_there_are_many(draw):
+    image = np.full((200, 300, 3), 90, np.uint8)
+
+    def picture(count, **options):
+        corners = np.stack(np.divmod(np.arange(count), 15), axis=1) * 18
+        boxes = np.concatenate([corners, corners + 12], axis=1)
+        return draw(image, boxes, None, np.ones(count, int), NAMES, np.full(count, 0.5), **options)
+
+    for count, labelled in ((100, True), (101, False)):
+        plain = picture(count, captions=[""] * count)
+        assert (picture(count) != plain).any() == labelled
+
+
 class Blocks(utils.Dataset):
     """An image of two rectangles, of which a mini mask loses nothing."""
 
