@@ -245,8 +245,8 @@ def test_the_recipe_for_small_data_sets(tmp_path):
     result = evaluation.evaluate_coco(model, held_out, min_confidence=0.0)
     print(result)
     assert result.images == 6
-    assert result.segm["AP50"] > 0.7  # it was @@
-    assert min(result.segm_per_class.values()) > 0.25
+    assert result.segm["AP50"] > 0.5  # it was 0.944
+    assert min(result.segm_per_class.values()) > 0.1  # each class is found
 
 
 def test_the_seed_comes_before_the_weights(layout, tmp_path, monkeypatch):
