@@ -32,9 +32,9 @@ import model as modellib
 import outlines
 import utils
 from annotations import read_json
-from config import Config
 from detections import unmold_boxes
 from downloads import PUBLISHED, SHIPPED
+from families import class_names
 from file_names import ImageFolder
 
 
@@ -64,14 +64,6 @@ def sample_images(model: str) -> dict[str, np.ndarray]:
 
     # The scenes of seed 0 were trained on.
     return {"coins": utils.as_uint8_image(skimage.data.coins()), "shapes": scene(1).image}
-
-
-def class_names(config: Config) -> list[str]:
-    if config.CLASS_NAMES:
-        return list(config.CLASS_NAMES)
-    if len(coco.CLASS_NAMES) == config.NUM_CLASSES:
-        return coco.CLASS_NAMES
-    return ["BG", *(f"class {i}" for i in range(1, config.NUM_CLASSES))]
 
 
 def draw_stages(

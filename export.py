@@ -6,25 +6,26 @@
 docs/export.md has the inputs and outputs of both.
 """
 
+import io
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import cli
 import graph
 import utils
-from families import CLASS_NAMES
+from config import Config
+from families import class_names
 from model import MaskRCNN
 from weights import VERSION
 
 OUTPUTS = ("boxes", "class_ids", "scores", "masks", "image_index")
-OPSET = 18  # of ONNX
+SIDES = ("batch", "height", "width")  # of images, whatever they are
+OPSET = 18  # of ONNX, from 2022
 
 # What becomes of NMS in ONNX. In a program of torch it is that of graph.py.
 _suppress = torch.library.custom_op(
@@ -37,7 +38,7 @@ _suppress.register_fake(lambda boxes, scores, *_: torch.empty_like(scores, dtype
 
 
 def export(model: MaskRCNN, path: str | Path) -> None:
-    """Writes all of detect, from an image's pixels on, as a file, whole or not at all.
+    """Writes all of detect, from the pixels of an image on, whole or not at all.
 
     Args:
         model: with the options that the file is to have, such as DETECTION_MIN_CONFIDENCE.
@@ -48,67 +49,90 @@ def export(model: MaskRCNN, path: str | Path) -> None:
         OSError: the file cannot be written.
     """
     path = Path(path)
-    write = writer(path)
-    data = write(model)
+    check(path)
+    if model.config.IMAGE_RESIZE_MODE == "crop":
+        raise ValueError("IMAGE_RESIZE_MODE 'crop' is for training; export with 'square'")
+    try:
+        data = to_onnx(model) if path.suffix == ".onnx" else to_pt2(model)
+    except Exception as error:  # torch has many kinds, and long messages
+        raise ValueError(
+            "a network must be one that torch.export can follow, as all those of this library, got"
+            f" {type(error).__name__}: {cli.one_line(error)}"
+        ) from error
     utils.write_atomic(path, lambda file: file.write(data))
 
 
-def writer(path: Path) -> Callable[[MaskRCNN], bytes]:
-    """What makes the content of such a file; raises what `export` raises before it takes minutes."""
+def check(path: Path) -> None:
+    """Raises what can be known before an export, which takes a minute."""
     if path.suffix not in (".onnx", ".pt2"):
         raise ValueError(f"OUT must end in .onnx or .pt2, got {path}")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} into")
-    if path.suffix == ".pt2":
-        return to_pt2
-    with cli.extra("onnx"):
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    return to_onnx
+        raise FileNotFoundError(f"{path} must be in a folder that exists; make {path.parent}")
+    if path.suffix == ".onnx":
+        with cli.extra("onnx"):
+            import onnx  # noqa: F401
+            import onnxscript  # noqa: F401
 
 
 def to_pt2(model: MaskRCNN) -> bytes:
-    """The content of a .pt2 file; reading it takes torch and this library's nms and roialign."""
-    import io
-
+    """The content of a .pt2 file."""
     file = io.BytesIO()
-    torch.export.save(trace(model, graph.suppress), file)
+    torch.export.save(trace(model, graph.suppress), file, extra_files=about(model.config))
     return file.getvalue()
 
 
 def to_onnx(model: MaskRCNN) -> bytes:
-    """The content of an ONNX file of standard operators only."""
-    from onnxscript import ir
+    """The content of an ONNX file, of standard operators only."""
+    from onnxscript import ir, optimizer
 
-    program = torch.onnx.export(
+    exported = torch.onnx.export(
         trace(model, _suppress),
         (),
         dynamo=True,
         verbose=False,
-        optimize=False,
+        optimize=False,  # in ONNX Runtime it is as fast, and the rewriting takes a minute
         opset_version=OPSET,
         input_names=["images"],
         output_names=OUTPUTS,
         custom_translation_table=translations(),
     )
-    assert program is not None
-    onnx_model = program.model
-    return program.model_proto.SerializeToString()
+    assert exported is not None
+    program = exported.model
+    optimizer.fold_constants(program)
+    optimizer.remove_unused_nodes(program)
+    program.graph.inputs[0].shape = ir.Shape([*SIDES, model.config.IMAGE_CHANNEL_COUNT])
+    for output in program.graph.outputs:
+        assert output.shape is not None
+        output.shape = ir.Shape(["objects", *output.shape[1:]])
+    program.metadata_props.update(about(model.config))
+    return ir.to_proto(program).SerializeToString()
+
+
+def about(config: Config) -> dict[str, str]:
+    """What a program needs to know to show the objects."""
+    return {
+        "class_names": json.dumps(class_names(config)),
+        "mask_paste": config.MASK_PASTE,
+        "min_confidence": str(config.DETECTION_MIN_CONFIDENCE),
+        "version": VERSION,
+    }
 
 
 def trace(model: MaskRCNN, suppress: graph.Suppress) -> torch.export.ExportedProgram:
     """All of detect as a program of torch, for any number of images of any one size."""
     channels = model.config.IMAGE_CHANNEL_COUNT
     images = torch.zeros(2, 96, 110, channels, dtype=torch.uint8)
-    sides = {i: torch.export.Dim(n, min=1) for i, n in enumerate(("batch", "height", "width"))}
+    sides = {i: torch.export.Dim(name, min=1) for i, name in enumerate(SIDES)}
     detector = graph.DetectionGraph(model, suppress)
     return torch.export.export(detector, (images,), dynamic_shapes=(sides,), strict=False)
 
 
 def translations() -> dict[Any, Any]:
     """What becomes of operators that torch.onnx does not know."""
+    import onnxscript
     from onnxscript import ir
-    from onnxscript import opset18 as op
+
+    op: Any = onnxscript.opset18
 
     def constant(value: Any, dtype: Any = np.int64) -> Any:
         return op.Constant(value=ir.tensor(np.array(value, dtype)))
@@ -147,7 +171,9 @@ def translations() -> dict[Any, Any]:
 
         Boxes end at the border at most, where neither has to do with what lies outside.
         """
-        size = op.Cast(op.Slice(op.Shape(image), constant([2]), constant([4])), to=ir.DataType.FLOAT)
+        size = op.Cast(
+            op.Slice(op.Shape(image), constant([2]), constant([4])), to=ir.DataType.FLOAT
+        )
         last = op.Sub(size, constant(1, np.float32))
         first, end = op.Split(boxes, axis=1, num_outputs=2)
         first, end = op.Mul(first, last), op.Mul(end, last)
@@ -185,3 +211,13 @@ def translations() -> dict[Any, Any]:
         aten.sort.stable: sort,
         torch.sym_sqrt: sym_sqrt,
     }
+
+
+def run(weights: str, path: str, min_confidence: float | None) -> None:
+    """The command `weights.py export`."""
+    check(Path(path))
+    options: dict[str, Any] = (
+        {} if min_confidence is None else {"DETECTION_MIN_CONFIDENCE": min_confidence}
+    )
+    export(MaskRCNN.from_weights(weights, **options), path)
+    print(f"{path}: {Path(path).stat().st_size / 1e6:.1f} MB, images to {', '.join(OUTPUTS)}")

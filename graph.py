@@ -1,7 +1,7 @@
 """What MaskRCNN.detect does, as one graph of tensor operations that torch.export can follow.
 
-`detect` resizes in numpy, goes from image to image and drops boxes on its way. Here it is the same
-for a whole batch at once, and shapes do not depend on what is found: what is dropped gets a score of
+`detect` resizes in numpy, goes from image to image and drops boxes on its way. Here a whole batch
+goes through at once, and shapes do not depend on what is found: what is dropped gets a score of
 -inf, until all is known. The layers and RoIAlign are those of model.py.
 
 Letters in shapes and frames of boxes are those of model.py; also G groups of boxes, and S boxes in
@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import utils
-from detections import Rois
+from detections import Rois, RPNOutput
 from model import BatchNorm2d, MaskRCNN, refine_anchors
 
 LEAST = torch.finfo(torch.float32).min  # any score above it is that of a box
 
-# NMS of boxes [G, S, 4] and the scores [G, K, S] that they have in K classes. Of each class by
-# itself, and of no more than the best so many, it tells which it keeps, [G, K, S] bool; never one of
-# score -inf. The arguments are boxes, scores, the threshold of IoU, and the number.
+# NMS: of boxes [G, S, 4], their scores [G, K, S] in K classes, a threshold of IoU and a number to
+# which boxes it keeps, [G, K, S] bool. Each class is for itself, a score of -inf is no candidate,
+# and what comes after the number of best ones may be dropped.
 Suppress = Callable[[Tensor, Tensor, float, int], Tensor]
 
 
@@ -213,9 +213,7 @@ class DetectionGraph(nn.Module):
             config.RPN_ANCHOR_SCALES, features, config.BACKBONE_STRIDES, strict=True
         ):
             ratios, rounding = config.RPN_ANCHOR_RATIOS, config.RPN_ANCHOR_ROUNDING
-            around = torch.from_numpy(
-                utils.generate_anchors(scale, ratios, (1, 1), 1, 1, rounding)
-            )
+            around = torch.from_numpy(utils.generate_anchors(scale, ratios, (1, 1), 1, 1, rounding))
             grid = config.RPN_ANCHOR_SPACING == "grid"
             y, x = (
                 torch.arange(0, cells, config.RPN_ANCHOR_STRIDE, dtype=torch.float64)
@@ -236,15 +234,14 @@ class DetectionGraph(nn.Module):
             Boxes [B, R, 4], the BOX_FRAME, and which of them there are, [B, R] bool.
         """
         config = self.config
-        levels: Any = [self.model.rpn(feature) for feature in features]
+        levels = [self.model.rpn(feature) for feature in features]
         anchors = self.anchors(features, image_shape, full)
         if not config.RPN_PER_LEVEL:
-            levels = [tuple(torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))]
+            parts = zip(*levels, strict=True)
+            levels = [RPNOutput(*(torch.cat(part, dim=1) for part in parts))]
             anchors = [torch.cat(anchors)]
-        rivals = [
-            self.rank(*level, some, region) for level, some in zip(levels, anchors, strict=True)
-        ]
-        boxes, scores = (torch.stack(parts, dim=1) for parts in zip(*rivals, strict=True))
+        ranked = [self.rank(*rivals, region) for rivals in zip(levels, anchors, strict=True)]
+        boxes, scores = (torch.stack(part, dim=1) for part in zip(*ranked, strict=True))
         count = config.POST_NMS_ROIS_INFERENCE
         keep = self.suppress(
             boxes.flatten(0, 1), scores.flatten(0, 1)[:, None], config.RPN_NMS_THRESHOLD, count
@@ -253,20 +250,18 @@ class DetectionGraph(nn.Module):
         best, scores = _best(scores, count)
         return _take(boxes.flatten(1, 2), best), scores > LEAST
 
-    def rank(
-        self, logits: Tensor, deltas: Tensor, anchors: Tensor, region: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def rank(self, rpn: RPNOutput, anchors: Tensor, region: Tensor) -> tuple[Tensor, Tensor]:
         """Boxes [B, S, 4] and scores [B, S] of the PRE_NMS_LIMIT best anchors, best first."""
         config = self.config
         softmax = config.RPN_SCORE == "softmax"
-        ranks = logits.softmax(dim=2)[:, :, 1] if softmax else logits[:, :, 0]
+        ranks = rpn.logits.softmax(dim=2)[:, :, 1] if softmax else rpn.logits[:, :, 0]
         limit, count = config.PRE_NMS_LIMIT, ranks.shape[1]
         padded = F.pad(ranks, (0, limit), value=-torch.inf)  # there may be fewer
         top = padded.topk(limit, dim=1).indices.sort(dim=1).values
         # By rank, then in anchor order: NMS breaks ties of scores by position.
         order, ranks = _best(padded.gather(1, top), limit)
         top = top.gather(1, order).clamp(max=count - 1)
-        boxes = refine_anchors(anchors[top], _take(deltas, top), region, config)
+        boxes = refine_anchors(anchors[top], _take(rpn.deltas, top), region, config)
         scores = ranks.sigmoid() if config.RPN_SCORE == "sigmoid" else ranks
         real = (ranks > LEAST) & utils.are_larger(boxes, config.RPN_MIN_SIZE)
         return boxes, scores.masked_fill(~real, -torch.inf)
@@ -356,13 +351,10 @@ def resize(
         [B, C, height, width] float32.
     """
     (rows, inside_y), (columns, inside_x) = (
-        _taps(n, *sides)
-        for n, *sides in zip(
-            shape, size.unbind(), scaled.unbind(), start.unbind(), strict=True
-        )
+        _taps(shape[i], size[i], scaled[i], start[i]) for i in (0, 1)
     )
     terms = [
-        images.index_select(1, y).index_select(2, x).double() * down[:, None, None] * across[:, None]
+        images.index_select(1, y).index_select(2, x) * down.view(-1, 1, 1) * across.view(-1, 1)
         for y, down in rows
         for x, across in columns
     ]
