@@ -151,7 +151,9 @@ class DetectionGraph(nn.Module):
     def scaled_size(self, size: Tensor) -> Tensor:
         """The size [2] of what the network sees of images of this size [2]."""
         config = self.config
-        mode, least, most = config.IMAGE_RESIZE_MODE, config.IMAGE_MIN_DIM, config.IMAGE_MAX_DIM
+        mode, limits = config.IMAGE_RESIZE_MODE, (config.IMAGE_MIN_DIM, config.IMAGE_MAX_DIM)
+        # Tensors: where a number is divided by one, torch multiplies with its reciprocal.
+        least, most = (None if n is None else size.new_tensor(n) for n in limits)
         shorter, longer = size.amin(0), size.amax(0)
         if mode == "none":
             return size
@@ -164,7 +166,7 @@ class DetectionGraph(nn.Module):
                 sides = size * (least / shorter)
                 sides = (sides * (most / sides.amax(0)).clamp(max=1) + 0.5).floor()
             return sides.clamp(min=1)
-        scale = least / shorter if least else torch.ones_like(shorter)
+        scale = torch.ones_like(shorter) if least is None else least / shorter
         scale = scale.clamp(min=max(1.0, config.IMAGE_MIN_SCALE))
         if mode == "square":
             assert most is not None

@@ -35,13 +35,18 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 
 # Blocks that do not run, by the word after their language: why.
-NOT_RUN = {"matterport": "needs TensorFlow 1 and Matterport's library"}
+NOT_RUN = {
+    "matterport": "needs TensorFlow 1 and Matterport's library",
+    "exported": "needs what takes a minute to export; test_export.py does the same",
+}
 # Commands that are parsed and not run, by what they contain: why.
 ONLY_PARSED = {
     "--dataset=/path/to/coco": "needs MS COCO",
     "test2017": "needs MS COCO",
     "--dataset DIR": "needs the photographs of BBBC038",
     "weights.py download": "needs the network",
+    "weights.py export": "takes a minute",
+    "samples/onnx_detect.py": "needs what weights.py export writes",
     "--model torchvision": "needs the network",
     "samples/shapes.py train": "takes an hour",
     "benchmarks/": "takes minutes",

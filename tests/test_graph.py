@@ -8,6 +8,7 @@ from comparison import assert_same_objects
 from lively import LIVELY, lively
 
 import graph
+import utils
 from nms import nms
 
 ASTRONAUT = skimage.data.astronaut()
@@ -84,21 +85,21 @@ def test_the_network_sees_the_same_pixels(name, shape):
     assert torch.equal(detector.to_frame(window, full).float(), windows[0])
 
 
-def test_small_scales_of_matterports_options():
-    model = lively("matterport")
-    for options in ({"IMAGE_MIN_DIM": None, "IMAGE_MIN_SCALE": 2.0}, {"IMAGE_MIN_DIM": 100}):
-        detector = graph.DetectionGraph(model)
-        detector.config = type(model.config)(**vars(model.config) | options)
-        for shape in ((40, 60), (60, 31), (100, 128), (129, 90)):
-            image = np.random.default_rng(1).integers(0, 256, (*shape, 3), dtype=np.uint8)
-            resized = graph.utils.resize_to_network(image, detector.config)
-            with torch.no_grad():
-                found, window, _ = detector.mold(
-                    torch.from_numpy(image)[None], torch.tensor(shape, dtype=torch.float64)
-                )
-            assert tuple(window) == resized.window
-            pixels = torch.from_numpy(resized.image).permute(2, 0, 1)[None]
-            torch.testing.assert_close(found, model.normalize(pixels), rtol=0, atol=1e-5)
+@pytest.mark.parametrize("name", ["matterport", "torchvision", "detectron2", "pad64", "scaled"])
+def test_sides_are_rounded_as_in_resizing(name):
+    """In thousands of sizes, of which some come to nearly a half or nearly a whole."""
+    scaled = {"IMAGE_MIN_DIM": None, "IMAGE_MIN_SCALE": 1.5}
+    preset, options = LIVELY["matterport" if name == "scaled" else name]
+    config = preset(**options | (scaled if name == "scaled" else {}))
+    detector = graph.DetectionGraph(lively("matterport"))
+    detector.config = config
+    generator = np.random.default_rng(0)
+    for most in (50, 3000):
+        for shape in generator.integers(1, most, (1000, 2)).tolist():
+            # Of no channels, an image is resized in no time.
+            window = utils.resize_to_network(np.zeros((*shape, 0), np.uint8), config).window
+            scaled_size = detector.scaled_size(torch.tensor(shape, dtype=torch.float64))
+            assert scaled_size.tolist() == [window[2] - window[0], window[3] - window[1]], shape
 
 
 def test_suppress_is_nms_of_each_class_of_each_group():
