@@ -8,6 +8,7 @@ docs/export.md has the inputs and outputs of both.
 
 import io
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,8 @@ def translations() -> dict[Any, Any]:
 def run(weights: str, path: str, min_confidence: float | None) -> None:
     """The command `weights.py export`."""
     check(Path(path))
+    for name in ("onnxscript", "onnx_ir"):  # which tell of each node that stays as it is
+        logging.getLogger(name).setLevel(logging.WARNING)
     options: dict[str, Any] = (
         {} if min_confidence is None else {"DETECTION_MIN_CONFIDENCE": min_confidence}
     )

@@ -72,11 +72,18 @@ def lively(name: str) -> MaskRCNN:
             model.fpn.C1[0].weight /= 60
         model.rpn.conv_bbox.weight *= 0.1
         model.classifier.linear_bbox.weight *= 0.1
-        # Such that on a photograph no class is left out, and none is certain.
+        # Such that on a photograph scores differ, no class is left out, and none is certain.
         image = np.ascontiguousarray(skimage.data.astronaut()[:128, -192:])
-        probs = model.predict(*model.mold_inputs([image])).class_probs.clamp(min=1e-30).log()
-        logits = probs - probs.mean(dim=1, keepdim=True)
-        layer, std = model.classifier.linear_class, logits.std()
-        layer.bias.copy_((layer.bias - logits.mean(dim=0)) * 2 / std)
-        layer.weight *= 2 / std
+        molded = model.mold_inputs([image])
+        spread(model.rpn.conv_class, model.predict(*molded).rpn.logits)
+        log_probs = model.predict(*molded).class_probs.clamp(min=1e-30).log()
+        spread(model.classifier.linear_class, log_probs - log_probs.mean(dim=1, keepdim=True))
     return model
+
+
+def spread(layer, logits):
+    """Makes the logits of a layer differ by 2 or so from their mean, which becomes 0."""
+    kinds = logits.shape[-1]
+    mean, std = logits.reshape(-1, kinds).mean(dim=0), logits.std()
+    layer.bias.sub_(mean.repeat(len(layer.bias) // kinds)).mul_(2 / std)
+    layer.weight.mul_(2 / std)
