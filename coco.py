@@ -71,15 +71,6 @@ AUGMENTATIONS: dict[str, Augmentation] = {
 }
 
 
-def class_names(config: Config) -> list[str]:
-    """The names of a model's classes by class id, that of the background first."""
-    if config.CLASS_NAMES:
-        return list(config.CLASS_NAMES)
-    if len(CLASS_NAMES) == config.NUM_CLASSES:
-        return list(CLASS_NAMES)
-    return ["BG", *(f"class {i}" for i in range(1, config.NUM_CLASSES))]
-
-
 # --- Train ---------------------------------------------------------------------------------------
 
 

@@ -36,9 +36,9 @@ import tiles
 import utils
 import video
 from annotations import read_json
-from coco import class_names
 from detections import unmold_boxes, unmold_detections
 from downloads import PUBLISHED, SHIPPED
+from families import class_names
 from file_names import ImageFolder
 
 

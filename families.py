@@ -40,6 +40,16 @@ CLASS_NAMES = ["BG", *CATEGORIES.values()]
 # own, since classes are told apart by name.
 TORCHVISION_CLASS_NAMES = ["BG", *(CATEGORIES.get(i, f"N/A {i}") for i in range(1, 91))]
 
+
+def class_names(config: Config) -> list[str]:
+    """Names of the classes, the background's first: COCO's for as many classes without names."""
+    if config.CLASS_NAMES:
+        return list(config.CLASS_NAMES)
+    if len(CLASS_NAMES) == config.NUM_CLASSES:
+        return CLASS_NAMES
+    return ["BG", *(f"class {i}" for i in range(1, config.NUM_CLASSES))]
+
+
 TORCHVISION, TORCHVISION_RESNET = "torchvision Mask R-CNN", "torchvision ResNet"
 DETECTRON2, DETECTRON2_RESNET = "detectron2 Mask R-CNN", "detectron2 ResNet"
 CAFFE2_RESNET = "Caffe2 ResNet"  # of Detectron, before detectron2

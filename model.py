@@ -424,7 +424,7 @@ def roi_levels(boxes: Tensor, image_shape: Sequence[int], config: Config) -> Ten
     height, width = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     # A box of 224 x 224 pixels belongs to P4. log(0) = -inf is clamped to P2.
     unit = config.BOX_FRAME == "unit"
-    side = 224.0 / math.sqrt(image_shape[0] * image_shape[1]) if unit else 224.0
+    side = 224.0 / torch.sym_sqrt(image_shape[0] * image_shape[1]) if unit else 224.0
     levels = 4 + ((height * width).sqrt() / side).log2() + config.ROI_LEVEL_OFFSET
     return levels.floor().clamp(2, 5)
 
@@ -458,7 +458,7 @@ def pyramid_roi_align(
     # As the maps, which convolutions that follow take without a copy.
     last = features[0].is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if last else torch.contiguous_format
-    shape = len(boxes), features[0].shape[1], pool_size, pool_size
+    shape = boxes.shape[0], features[0].shape[1], pool_size, pool_size
     pooled = torch.empty(shape, dtype=boxes.dtype, device=boxes.device, memory_format=layout)
     for level, feature in enumerate(features, start=2):
         members = (levels == level).nonzero()[:, 0]

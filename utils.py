@@ -225,10 +225,10 @@ def clip_boxes(boxes: Tensor, window: Tensor | Sequence[float]) -> Tensor:
 
 
 def are_larger(boxes: Tensor, size: float | None) -> Tensor:
-    """Which boxes [N, 4] have sides above size, [N] bool; all if it is None."""
+    """Which boxes [..., 4] have sides above size, [...] bool; all if it is None."""
     if size is None:
-        return torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
-    return (boxes[:, 2:] - boxes[:, :2] > size).all(dim=1)
+        return torch.ones(boxes.shape[:-1], dtype=torch.bool, device=boxes.device)
+    return (boxes[..., 2:] - boxes[..., :2] > size).all(dim=-1)
 
 
 # --- Anchors -------------------------------------------------------------------------------------

@@ -5,9 +5,12 @@ Reading a file is in weight_files.py, downloading one in downloads.py.
     python weights.py info mask_rcnn_coco.h5
     python weights.py convert mask_rcnn_coco.h5 mask_rcnn_coco.pth
     python weights.py download coco
+    python weights.py export coco coco.onnx
 """
 
+import argparse
 import difflib
+import importlib
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -333,17 +336,24 @@ def describe(path: str | Path) -> str:
     )
 
 
+def _export(args: argparse.Namespace) -> None:
+    # By its name, since the network and its export stand below this module; see CONTRIBUTING.md.
+    importlib.import_module("export").run(args.model, args.target, args.min_confidence)
+
+
 def build_parser() -> cli.Parser:
     """The parser of the command line."""
     parser = cli.Parser(
         prog="weights.py",
-        description="Converts, downloads and describes weight files of Mask R-CNN.",
+        description="Converts, exports, downloads and describes weights of Mask R-CNN.",
         epilog="""examples:
   python weights.py download coco
   python weights.py download detectron2_r101
   python weights.py info mask_rcnn_coco.h5
   python weights.py convert mask_rcnn_coco.h5 mask_rcnn_coco.pth
-  python weights.py convert model_final_f10217.pkl detectron2.pth""",
+  python weights.py convert model_final_f10217.pkl detectron2.pth
+  python weights.py export nuclei nuclei.onnx
+  python weights.py export logs/.../best.pth mine.pt2 --min-confidence 0.5""",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("convert", help="write a .h5, .pth or .pkl as a checkpoint")
@@ -354,6 +364,12 @@ def build_parser() -> cli.Parser:
     command.add_argument("name", metavar="NAME", help=", ".join(SOURCES))
     command.add_argument("--folder", help="where to keep it (default: the cache folder)")
     command.set_defaults(run=lambda args: print(download(args.name, args.folder)))
+    command = commands.add_parser("export", help="write a network for ONNX Runtime or torch.export")
+    command.add_argument("model", metavar="MODEL", help="a name, as download has it, or a file")
+    command.add_argument("target", metavar="OUT", help="the .onnx or .pt2 to write")
+    text = "least score of an object, 0 to 1; default: the network's own"
+    command.add_argument("--min-confidence", type=cli.share, metavar="X", help=text)
+    command.set_defaults(run=_export)
     command = commands.add_parser("info", help="format, size, backbone and classes of a file")
     command.add_argument("file", metavar="FILE", help="any weight file")
     command.set_defaults(run=lambda args: print(describe(args.file)))

@@ -13,8 +13,8 @@ process of its own for each.
 With --preset both networks are torchvision's maskrcnn_resnet50_fpn or _v2, have the same weights,
 and give the same detections in the same photographs: those of a folder, or three of scikit-image.
 
---bfloat16 adds a row for CPU_PRECISION = "bfloat16", which the processor must have, and --onnx one
-for torchvision's network in ONNX Runtime.
+--bfloat16 adds a row for CPU_PRECISION = "bfloat16", which the processor must have, and --onnx two
+for ONNX Runtime: ours, as weights.py export writes it, and torchvision's network.
 """
 
 import argparse
@@ -43,6 +43,7 @@ import family_weights  # noqa: E402 - of the tests
 import keras_weights  # noqa: E402
 import reference_inputs  # noqa: E402
 
+import export  # noqa: E402
 import fused  # noqa: E402
 import model as modellib  # noqa: E402
 import utils  # noqa: E402
@@ -103,14 +104,17 @@ def build_pair(
 
 
 def open_in_onnxruntime(network: torch.nn.Module, image: torch.Tensor) -> Any:
-    """torchvision's network, exported for one image of any size."""
+    """Ours or torchvision's network, exported; torchvision's for one image of any size."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "torchvision.onnx")
+        path = Path(folder, "network.onnx")
+        if isinstance(network, modellib.MaskRCNN):
+            export.export(network, path)
+            return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         torch.onnx.export(
             network,
             ([image],),
@@ -155,12 +159,29 @@ def make_run(name: str, args: argparse.Namespace) -> Callable[[], int]:
                 # As ours: masks thresholded, and in numpy.
                 return sum(len((r["masks"][:, 0] >= 0.5).numpy()) for r in results)
     else:
-        fast = name != "plain"
+        fast = name not in ("plain", "exported")
         options = {"CPU_PRECISION": "bfloat16" if name == "bfloat16" else "float32"}
         if args.preset:
             _, ours = build_pair(args.preset, fast, **options)
         else:
             ours = build_ours(args.backbone, fast, args.size, IMAGES_PER_GPU=args.batch, **options)
+
+        if name == "exported":
+            from samples.onnx_detect import paste
+
+            session, rule = open_in_onnxruntime(ours, torch.empty(0)), ours.config.MASK_PASTE
+
+            def run() -> int:
+                count = 0
+                for batch in batches:
+                    boxes, _, _, masks, _ = session.run(None, {"images": np.stack(batch)})
+                    shape = batch[0].shape
+                    count += len(
+                        [paste(*one, shape, rule) for one in zip(masks, boxes, strict=True)]
+                    )
+                return count
+
+            return run
 
         def run() -> int:
             results = [result for batch in batches for result in ours.detect(batch)]
@@ -227,7 +248,7 @@ def compare(args: argparse.Namespace, threads: int) -> None:
     print(f"\n{what}, {threads} threads, medians of {rounds} alternating runs\n")
     names = [*NAMES, "bfloat16"] if args.bfloat16 else NAMES
     if args.onnx:
-        names = [*names, "onnxruntime"]
+        names = [*names, "exported", "onnxruntime"]
     # First, since a process counts the memory of the one that started it.
     peaks = {name: peak_gigabytes(name, args, threads) for name in names}
     runs: dict[str, Callable[[], Any]] = {name: make_run(name, args) for name in names}
@@ -237,7 +258,7 @@ def compare(args: argparse.Namespace, threads: int) -> None:
         with FlopCounterMode(display=False) as counter:
             runs[name]()
         work[name] = counter.get_total_flops()
-    work["ours"] = work["bfloat16"] = work["plain"]
+    work["ours"] = work["bfloat16"] = work["exported"] = work["plain"]
     work["onnxruntime"] = work["torchvision"]
     left, right = torch.randn(2, 2048, 2048)
     runs["GEMM"], work["GEMM"] = lambda: left @ right, 2 * 2048**3
@@ -290,13 +311,15 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=1024, help="side of the image")
     parser.add_argument("--batch", type=int, default=1, help="images at once")
     parser.add_argument("--bfloat16", action="store_true", help='CPU_PRECISION = "bfloat16" too')
-    text = "torchvision's network in ONNX Runtime too, one image at a time; needs onnx, onnxruntime"
+    text = "ours and torchvision's in ONNX Runtime too, one image at a time; needs the extra onnx"
     parser.add_argument("--onnx", action="store_true", help=text)
     parser.add_argument("--stages", action="store_true", help="also show where the time goes")
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument(
-        "--peak", choices=[*NAMES, "bfloat16", "onnxruntime", "large"], help=argparse.SUPPRESS
+        "--peak",
+        choices=[*NAMES, "bfloat16", "exported", "onnxruntime", "large"],
+        help=argparse.SUPPRESS,
     )
     args = parser.parse_args()
     if args.onnx and args.batch > 1:

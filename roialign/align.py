@@ -236,7 +236,7 @@ def _forward_fake(
     features: Tensor, boxes: Tensor, box_index: Tensor, height: int, width: int, *sampling: Any
 ) -> Tensor:
     _checks.kinds(features, boxes, box_index)
-    return empty_like(features, len(boxes), height, width)
+    return empty_like(features, boxes.shape[0], height, width)
 
 
 def _backward_fake(

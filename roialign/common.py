@@ -84,7 +84,7 @@ class Checks(NamedTuple):
 
 def empty_like(values: Tensor, count: int, height: int, width: int) -> Tensor:
     """[count, C, height, width] with the channels, dtype, device and memory format of values."""
-    last = values.is_contiguous(memory_format=torch.channels_last) and not values.is_contiguous()
+    last = not values.is_contiguous() and values.is_contiguous(memory_format=torch.channels_last)
     return torch.empty(
         (count, values.shape[1], height, width),
         dtype=values.dtype,

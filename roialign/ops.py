@@ -175,7 +175,7 @@ def _forward_fake(
     extrapolation_value: float,
 ) -> Tensor:
     _checks.kinds(image, boxes, box_index)
-    return empty_like(image, len(boxes), crop_height, crop_width)
+    return empty_like(image, boxes.shape[0], crop_height, crop_width)
 
 
 def _backward_fake(

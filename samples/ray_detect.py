@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cli
 import coco
+import families
 import image_files
 import utils
 import weights
@@ -385,7 +386,9 @@ def detect(args: argparse.Namespace) -> int:
     done = take_stock(output, settings, args.retry_errors).names
     todo = list(shards(names, done, args.shard))
     if todo:
-        class_names = coco.class_names(Config(**Config.unset(weights.read_options(file)) | options))
+        class_names = families.class_names(
+            Config(**Config.unset(weights.read_options(file)) | options)
+        )
         known = class_names == coco.CLASS_NAMES
         category_ids = coco.CATEGORY_IDS if known else range(len(class_names))
         job = Job(file, options, class_names, category_ids, folder, output, settings)

@@ -245,3 +245,33 @@ class Case:
 
 def root_mean_square(values: np.ndarray) -> float:
     return np.sqrt(np.mean(np.square(values, dtype=np.float64)))
+
+
+# ------------------------------------------------------------------ other forms of the network
+
+
+def assert_same_objects(outputs, model: modellib.MaskRCNN, images) -> int:
+    """Compares what an exported network gives with what detect and predict give.
+
+    Args:
+        outputs: boxes, class_ids, scores, masks and image_index.
+        images: of one size.
+
+    Returns:
+        The number of objects.
+    """
+    *found, image_index = outputs
+    assert (np.diff(image_index) >= 0).all()
+    expected = [model.detect([image], masks="box")[0] for image in images]
+    assert np.bincount(image_index, minlength=len(images)).tolist() == [
+        len(result["scores"]) for result in expected
+    ]
+    for i, result in enumerate(expected):
+        boxes, class_ids, scores, masks = (values[image_index == i] for values in found)
+        np.testing.assert_array_equal(class_ids, result["class_ids"])
+        np.testing.assert_allclose(boxes, result["boxes"], rtol=0, atol=0.01)
+        np.testing.assert_allclose(scores, result["scores"], rtol=0, atol=1e-4)
+        probs = model.predict(*model.mold_inputs([images[i]])).mask_probs.numpy()
+        if len(probs) == len(masks):  # else some boxes were too thin to be seen
+            np.testing.assert_allclose(masks, probs, rtol=0, atol=1e-3)
+    return len(image_index)

@@ -39,6 +39,7 @@ LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 NOT_RUN = {
     "matterport": "needs TensorFlow 1 and Matterport's library",
     "parquet": "needs results of a Ray cluster; test_ray_detect.py runs it",
+    "exported": "needs what takes a minute to export; test_export.py does the same",
 }
 # Commands that are parsed and not run, by what they contain: why.
 ONLY_PARSED = {
@@ -47,6 +48,8 @@ ONLY_PARSED = {
     "--dataset DIR": "needs the photographs of BBBC038",
     "weights.py download": "needs the network",
     "rtsp://": "needs a camera",
+    "weights.py export": "takes a minute",
+    "samples/onnx_detect.py": "needs what weights.py export writes",
     "--model torchvision": "needs the network",
     "samples/shapes.py train": "takes an hour",
     "samples/ray_detect.py": "starts Ray, which takes half a minute",
