@@ -51,8 +51,14 @@ def export(model: MaskRCNN, path: str | Path) -> None:
     """
     path = Path(path)
     check(path)
-    if model.config.IMAGE_RESIZE_MODE == "crop":
+    config = model.config
+    if config.IMAGE_RESIZE_MODE == "crop":
         raise ValueError("IMAGE_RESIZE_MODE 'crop' is for training; export with 'square'")
+    if [*config.DETECTION_SCALES] != [1.0] or config.DETECTION_FLIPS:
+        raise ValueError(
+            "an exported network sees an image once: DETECTION_SCALES must be (1.0,) and"
+            f" DETECTION_FLIPS (), got {config.DETECTION_SCALES} and {config.DETECTION_FLIPS}"
+        )
     try:
         data = to_onnx(model) if path.suffix == ".onnx" else to_pt2(model)
     except Exception as error:  # torch has many kinds, and long messages
@@ -115,6 +121,7 @@ def about(config: Config) -> dict[str, str]:
         "class_names": json.dumps(class_names(config)),
         "mask_paste": config.MASK_PASTE,
         "min_confidence": str(config.DETECTION_MIN_CONFIDENCE),
+        "tile": json.dumps(config.DETECTION_TILE),
         "version": VERSION,
     }
 

@@ -221,10 +221,18 @@ def test_a_network_that_cannot_be_followed_is_an_error_and_leaves_files_alone(tm
     assert path.read_text() == "old"
 
 
-def test_crops_are_for_training(tmp_path):
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"IMAGE_RESIZE_MODE": "crop"}, "for training"),
+        ({"DETECTION_SCALES": (1.0, 2.0)}, "sees an image once"),
+        ({"DETECTION_FLIPS": ("horizontal",)}, "sees an image once"),
+    ],
+)
+def test_what_no_file_can_hold_is_refused(option, message, tmp_path):
     model = MaskRCNN(lively("matterport").config)
-    model.config = type(model.config)(**vars(model.config) | {"IMAGE_RESIZE_MODE": "crop"})
-    with pytest.raises(ValueError, match="for training"):
+    model.config = type(model.config)(**vars(model.config) | option)
+    with pytest.raises(ValueError, match=message):
         export.export(model, tmp_path / "x.pt2")
 
 
