@@ -29,7 +29,7 @@ import torch
 import distributed
 
 # What goes wrong without a fault in the program: files, values, training and memory.
-EXPECTED = (OSError, ValueError, FloatingPointError, torch.OutOfMemoryError)
+EXPECTED = (OSError, ValueError, FloatingPointError, MemoryError, torch.OutOfMemoryError)
 
 
 class Parser(argparse.ArgumentParser):
@@ -236,8 +236,8 @@ def flips(text: str) -> list[str]:
 
 def add_views(group: Any) -> None:
     """The options that say in what parts and versions an image is looked at, as of Config."""
-    text = "look at large images in windows of so many pixels, HEIGHTxWIDTH or the side of a square"
-    group.add_argument("--tile", dest="DETECTION_TILE", type=tile, metavar="N", help=text)
+    text = "look at large images in windows of this size: HEIGHTxWIDTH, or one number for a square"
+    group.add_argument("--tile", dest="DETECTION_TILE", type=tile, metavar="HxW", help=text)
     text = "what windows share, at least the size of an object: pixels, or a share below 1"
     group.add_argument("--overlap", dest="DETECTION_OVERLAP", type=overlap, metavar="X", help=text)
     text = (

@@ -534,8 +534,8 @@ def add_output_options(parser: cli.Parser, command: str) -> None:
     if command == "evaluate":
         text = "write the detections in COCO's result format"
         add("--results", metavar="OUT.json", help=text)
-        text = "of an image and class count, the best; COCO's are 100, and the default"
-        add("--max-detections", type=cli.whole(1), default=100, metavar="N", help=text)
+        text = "how many detections of a class in an image count, best first; default: COCO's 100"
+        add("--max-detections", type=cli.whole(10), default=100, metavar="N", help=text)
     else:
         text = "the picture of annotated images; default: inspect.png"
         add("--output", default="inspect.png", metavar="FILE", help=text)

@@ -460,6 +460,17 @@ class Config:
             raise ValueError(
                 f"IMAGE_MIN_DIM must not exceed IMAGE_MAX_DIM, got {smallest} and {largest}"
             )
+        if mode == "none" and [*self.DETECTION_SCALES] != [1.0]:
+            raise ValueError(
+                "DETECTION_SCALES must be (1.0,) in mode 'none', which does not resize, got"
+                f" {self.DETECTION_SCALES}"
+            )
+        overlap, tile = self.DETECTION_OVERLAP, self.DETECTION_TILE
+        if tile is not None and overlap >= 1 and overlap >= min(tile):
+            raise ValueError(
+                "DETECTION_OVERLAP must be a share below 1 or pixels, fewer than DETECTION_TILE"
+                f" {tuple(tile)} has, got {overlap}"
+            )
         for option in ("MEAN_PIXEL", "STD_PIXEL"):
             numbers = getattr(self, option)
             if numbers is not None and len(numbers) != self.IMAGE_CHANNEL_COUNT:
@@ -649,13 +660,17 @@ RULES = (
     Rule("DETECTION_OVERLAP", "0 or more, and finite", lambda v: 0 <= v < math.inf),
     Rule(
         "DETECTION_SCALES",
-        "1 to 100 numbers above 0, and finite",
-        lambda v: 1 <= len(v) <= 100 and _all_positive(v),
+        "1 to 100 numbers above 0 and at most 100, each once",
+        lambda v: 1 <= len({*v}) == len(v) <= 100 and all(0 < n <= 100 for n in v),
     ),
     Rule(
         "DETECTION_FLIPS",
-        "some of 'horizontal', 'vertical' and 'both'",
-        lambda v: not isinstance(v, str) and {*v} <= {"horizontal", "vertical", "both"},
+        "some of 'horizontal', 'vertical' and 'both', each once",
+        lambda v: (
+            not isinstance(v, str)
+            and {*v} <= {"horizontal", "vertical", "both"}
+            and len({*v}) == len(v)
+        ),
     ),
     Rule("STD_PIXEL", "a number above 0 per channel, or None", _or_none(_all_positive)),
     Rule(

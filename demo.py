@@ -126,11 +126,10 @@ def look(
     model: modellib.MaskRCNN, image: np.ndarray, names: list[str], args: argparse.Namespace
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Detects in one image; the result as of detect(masks="rle"), and what to show, by name."""
-    if args.stages:
-        result, pictures = draw_stages(model, image, names)
-    else:
-        several = len(tiles.views(image.shape, model.config)) > 1
-        result, pictures = model.detect([image], verbose=int(several), masks="rle")[0], {}
+    several = len(tiles.views(image.shape, model.config)) > 1
+    result, pictures = draw_stages(model, image, names) if args.stages else ({}, {})
+    if several or not args.stages:
+        result = model.detect([image], verbose=int(several), masks="rle")[0]
     if not args.pictures:
         return result, {}
     import visualize
@@ -230,7 +229,8 @@ def detect(args: argparse.Namespace) -> int:
                     path, model.config.IMAGE_CHANNEL_COUNT, model.config.IMAGE_BIT_DEPTH
                 )
             result, pictures = look(model, image, names, args)
-            hint = "" if len(result["scores"]) else below(model, image)
+            once = len(tiles.views(image.shape, model.config)) == 1  # twice may take minutes
+            hint = below(model, image) if once and not len(result["scores"]) else ""
         except cli.EXPECTED as error:
             tqdm.write(f"demo.py: skipped {path}: {cli.one_line(error)}", file=sys.stderr)
             status = 1

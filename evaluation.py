@@ -106,8 +106,8 @@ def evaluate_coco(
         limit: at most so many of them; None or 0 for no limit.
         min_confidence: instead of the config's DETECTION_MIN_CONFIDENCE. COCO's numbers are about
             all detections: 0.
-        max_detections: the best of each class in an image that count. COCO's are 100; where images
-            hold more objects, more. AR100 is then about these.
+        max_detections: the best of each class in an image that count, from 10 on. COCO's are 100;
+            where images hold more objects, more. AR100 is then about these.
         results_path: where to write the detections in COCO's result format.
         verbose: 1 shows a progress bar.
 
@@ -126,6 +126,8 @@ def evaluate_coco(
             f"the model must have the classes of the data set, {dataset.num_classes} with the"
             f" background, got {model.config.NUM_CLASSES}"
         )
+    if max_detections < 10:
+        raise ValueError(f"max_detections must be at least 10, got {max_detections}")
     if results_path is not None:
         Path(results_path).parent.mkdir(parents=True, exist_ok=True)
     # First, because an annotation that cannot be used should be known before hours of detection.
@@ -193,13 +195,14 @@ def least_score(config: Config) -> float:
 
 
 def evaluator(
-    dataset: utils.Dataset, limit: int | None = None
+    dataset: utils.Dataset, limit: int | None = None, max_detections: int = 100
 ) -> Callable[[Any], dict[str, float]]:
     """What train_model(evaluate=...) takes: bbox_AP, bbox_AP50, segm_AP and segm_AP50."""
 
     def evaluate(model: Any) -> dict[str, float]:
         least = least_score(model.config)
-        result = evaluate_coco(model, dataset, limit=limit, min_confidence=least, verbose=0)
+        options: dict[str, Any] = {"limit": limit, "max_detections": max_detections}
+        result = evaluate_coco(model, dataset, min_confidence=least, verbose=0, **options)
         return {} if result is None else result.metrics
 
     return evaluate

@@ -22,7 +22,7 @@ import math
 import re
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -759,7 +759,7 @@ class MaskRCNN(nn.Module):
         images: Sequence[np.ndarray],
         verbose: int = 0,
         masks: str = "full",
-        tile: Sequence[int] | None = None,
+        tile: Sequence[int] | int | None = None,
         overlap: float | None = None,
     ) -> list[dict[str, Any]]:
         """Finds the objects in images.
@@ -771,8 +771,8 @@ class MaskRCNN(nn.Module):
                 of the windows where there are several.
             masks: "full" for masks at the image's size, "rle" for COCO run-length encoding (small,
                 for big images and many objects), "box" for masks at the size of their boxes.
-            tile: (height, width) of windows to look at an image in, for large images; None for the
-                config's DETECTION_TILE.
+            tile: (height, width) of windows to look at an image in, for large images, or the side
+                of squares; None for the config's DETECTION_TILE.
             overlap: of the windows; None for the config's DETECTION_OVERLAP.
 
         Returns:
@@ -795,7 +795,7 @@ class MaskRCNN(nn.Module):
         depth = self.config.IMAGE_BIT_DEPTH
         images = [utils.as_uint8_image(image, channels, depth) for image in images]
         views = [tiles.views(image.shape, self.config, tile, overlap) for image in images]
-        # Views that come to one size share a batch: so each image gives what it gives alone.
+        # Views of one size share a batch: so each image gives what it gives alone.
         batches = defaultdict(list)
         square = self.config.IMAGE_RESIZE_MODE == "square"
         for i, view in ((i, view) for i, several in enumerate(views) for view in several):
@@ -808,7 +808,8 @@ class MaskRCNN(nn.Module):
         total = sum(map(len, views))
         hidden = whole or not verbose
         bar = utils.progress(total=total, unit="window", leave=False, disable=hidden)
-        with utils.evaluating(self), bar:
+        wanted = copy.copy(self.config)
+        with utils.evaluating(self), bar, self._doubting():
             for (scale, _), members in batches.items():
                 for start in range(0, len(members), size):
                     batch = members[start : start + size]
@@ -817,11 +818,22 @@ class MaskRCNN(nn.Module):
                     for (i, view), objects in zip(batch, detected, strict=True):
                         found[i].append((view, view.place(objects)))
                         if len(found[i]) == len(views[i]):
-                            merged = tiles.merge(found[i], images[i].shape, self.config)
+                            merged = tiles.merge(found[i], images[i].shape, wanted)
                             found[i] = []
                             results[i] = as_result(merged, images[i].shape, masks)
                     bar.update(len(batch))
         return results
+
+    @contextlib.contextmanager
+    def _doubting(self) -> Iterator[None]:
+        """Inside, views that vote find objects of low scores too, since others may be surer."""
+        config, confidence = self.config, self.config.DETECTION_MIN_CONFIDENCE
+        if len(config.DETECTION_SCALES) > 1 or config.DETECTION_FLIPS:
+            config.DETECTION_MIN_CONFIDENCE = min(confidence, tiles.VIEW_CONFIDENCE)
+        try:
+            yield
+        finally:
+            config.DETECTION_MIN_CONFIDENCE = confidence
 
     def _detect_batch(self, images: list[np.ndarray], scale: float, verbose: int) -> list[Objects]:
         start = time.perf_counter()

@@ -23,7 +23,9 @@ SAME_IOU = 0.5
 # A cut object is part of a whole one that holds so much of it.
 PART_SHARE = 0.7
 # An object is cut where its box ends so close to its window's border: a share of the window.
-CUT_MARGIN = 1 / 64
+CUT_MARGIN = 1 / 32
+# Views that vote may doubt what most of them see: each looks for objects of at least this score.
+VIEW_CONFIDENCE = 0.05
 
 FLIPS: dict[str, tuple[slice, slice]] = {
     "none": (slice(None), slice(None)),
@@ -71,13 +73,14 @@ class View(NamedTuple):
 def views(
     image_shape: Sequence[int],
     config: Config,
-    tile: Sequence[int] | None = None,
+    tile: Sequence[int] | int | None = None,
     overlap: float | None = None,
 ) -> list[View]:
     """The views of an image (height, width, ...); one of the whole, unless the config has others.
 
     Args:
-        tile: (height, width) of the windows; None for the config's DETECTION_TILE.
+        tile: (height, width) of the windows, or the side of squares; None for the config's
+            DETECTION_TILE.
         overlap: None for the config's DETECTION_OVERLAP.
 
     Raises:
@@ -91,18 +94,21 @@ def views(
     return [View(*view) for view in itertools.product(cut, config.DETECTION_SCALES, flips)]
 
 
-def windows(image_shape: Sequence[int], tile: Sequence[int], overlap: float) -> list[Box]:
+def windows(image_shape: Sequence[int], tile: Sequence[int] | int, overlap: float) -> list[Box]:
     """Windows of one size, evenly spaced, that cover an image (height, width, ...).
 
     Args:
-        tile: (height, width) of the windows; less where the image is smaller.
+        tile: (height, width) of the windows, or the side of squares; less where the image is
+            smaller.
         overlap: what neighbours share at least: pixels or, below 1, that part of a window's side.
 
     Raises:
         ValueError: sizes that cannot be.
     """
-    if len(tile) != 2 or not all(side >= 1 and side == int(side) for side in tile):
-        raise ValueError(f"tile must be (height, width) in whole pixels, got {tuple(tile)}")
+    sides = tuple(tile) if isinstance(tile, Sequence | np.ndarray) else (tile, tile)
+    if len(sides) != 2 or not all(isinstance(n, int | np.integer) and n >= 1 for n in sides):
+        raise ValueError(f"tile must be (height, width) in whole pixels, got {tile!r:.100}")
+    tile = sides
     if not (overlap >= 0 and (overlap < 1 or overlap < min(tile))):
         raise ValueError(
             f"overlap must be a share below 1 or pixels, fewer than the tile {tuple(tile)} has,"
@@ -140,14 +146,15 @@ def vote(found: Sequence[Objects], config: Config) -> Objects:
 
     Masks of one class and of different views that overlap by SAME_IOU are one object. Its score is
     the mean over all views, 0 for one that misses it; what falls below DETECTION_MIN_CONFIDENCE is
-    dropped. Its box is the mean, and its mask what the views set in the majority, both weighted by
-    score.
+    dropped, and so is what exceeds DETECTION_MAX_INSTANCES. Its box is the mean, and its mask what
+    the views set in the majority, both weighted by score: of two views, that of the higher one.
     """
     if len(found) == 1:
         return found[0]
     every = _flatten(found)
     view = np.repeat(np.arange(len(found)), [len(objects.scores) for objects in found])
     parts = list(every.parts)
+    areas = [_area(part) for part in parts]
     neighbours = _neighbours(every, np.arange(len(parts)), np.arange(len(parts)))
     free = np.ones(len(parts), bool)
     boxes, class_ids, scores, masks = [], [], [], []
@@ -157,7 +164,7 @@ def vote(found: Sequence[Objects], config: Config) -> Objects:
         best = {int(view[head]): (1.0, head)}  # of each view the mask that is most like this one
         for other in neighbours.get(head, ()):
             if free[other] and view[other] != view[head]:
-                iou = _iou(parts[head], parts[other])
+                iou = _iou(parts[head], parts[other], areas[head], areas[other])
                 if iou >= max(SAME_IOU, best.get(int(view[other]), (0.0, 0))[0]):
                     best[int(view[other])] = iou, other
         members = np.array([other for _, other in best.values()])
@@ -170,7 +177,9 @@ def vote(found: Sequence[Objects], config: Config) -> Objects:
         class_ids.append(every.class_ids[head])
         scores.append(score)
         masks.append(_majority([parts[i] for i in members], weights))
-    return _best_first(boxes, class_ids, scores, masks)
+    voted = _best_first(boxes, class_ids, scores, masks)
+    most = config.DETECTION_MAX_INSTANCES
+    return _choose(voted, np.arange(len(voted.scores))[:most])
 
 
 def stitch(found: Sequence[tuple[Box, Objects]], image_shape: Sequence[int]) -> Objects:
@@ -201,7 +210,7 @@ def stitch(found: Sequence[tuple[Box, Objects]], image_shape: Sequence[int]) -> 
             for j in others:
                 neighbours[i].add(j)
                 neighbours[j].add(i)
-                if cut[i] and cut[j] and _iou(parts[i], parts[j], both) >= SAME_IOU:
+                if cut[i] and cut[j] and _agree(parts[i], parts[j], both):
                     group[root(i)] = root(j)
 
     joined = defaultdict(list)
@@ -214,15 +223,19 @@ def stitch(found: Sequence[tuple[Box, Objects]], image_shape: Sequence[int]) -> 
             boxes[i] = np.concatenate([own[:, :2].min(axis=0), own[:, 2:].max(axis=0)])
             scores[i] = every.scores[pieces].max()
             parts[i] = _majority([parts[piece] for piece in pieces], None)
+    areas = [_area(part) for part in parts]
     keep: set[int] = set()
     for i in sorted(joined, key=lambda i: (bool(cut[i]), -scores[i])):
         near = {root(j) for piece in joined[i] for j in neighbours[piece]} & keep
-        if not any(_is_repeated(parts[i], parts[j], bool(cut[i])) for j in near):
+        if not any(
+            _iou(parts[i], parts[j], areas[i], areas[j]) >= SAME_IOU
+            or (cut[i] and _shared(parts[i], parts[j]) >= PART_SHARE * max(1, areas[i]))
+            for j in near
+        ):
             keep.add(i)
     order = sorted(keep)
-    return _best_first(
-        boxes[order], every.class_ids[order], scores[order], [parts[i] for i in order]
-    )
+    chosen = [parts[i] for i in order]
+    return _best_first(boxes[order], every.class_ids[order], scores[order], chosen)
 
 
 def _flatten(found: Sequence[Objects]) -> Objects:
@@ -241,12 +254,20 @@ def _best_first(
     scores: Sequence[float] | np.ndarray,
     parts: Sequence[Part],
 ) -> Objects:
-    order = np.argsort(-np.asarray(scores, np.float32), kind="stable")
+    objects = Objects(
+        np.asarray(boxes, np.float32).reshape(-1, 4),
+        np.asarray(class_ids, np.int32),
+        np.asarray(scores, np.float32),
+        parts,
+    )
+    return _choose(objects, np.argsort(-objects.scores, kind="stable"))
+
+
+def _choose(objects: Objects, members: np.ndarray) -> Objects:
+    parts = list(objects.parts)
+    chosen = [parts[i] for i in members]
     return Objects(
-        np.asarray(boxes, np.float32).reshape(-1, 4)[order],
-        np.asarray(class_ids, np.int32)[order],
-        np.asarray(scores, np.float32)[order],
-        [parts[i] for i in order],
+        objects.boxes[members], objects.class_ids[members], objects.scores[members], chosen
     )
 
 
@@ -299,29 +320,31 @@ def _inside(part: Part, frame: Box) -> np.ndarray:
     return mask[y1 - top : y2 - top, x1 - left : x2 - left]
 
 
+def _area(part: Part) -> int:
+    return int(np.count_nonzero(part[1]))
+
+
 def _shared(first: Part, second: Part) -> int:
     """The pixels that two masks share."""
     frame = _common(first[0], second[0])
     return int(np.count_nonzero(_inside(first, frame) & _inside(second, frame)))
 
 
-def _iou(first: Part, second: Part, frame: Box | None = None) -> float:
-    """Intersection over union of two masks, within a frame or altogether."""
-    if frame is not None:
-        first, second = (
-            (box, _inside(part, box))
-            for part in (first, second)
-            for box in [_common(part[0], frame)]
-        )
+def _iou(first: Part, second: Part, area1: int, area2: int) -> float:
+    """Intersection over union of two masks of these areas; 0 where it must be below SAME_IOU."""
+    y1, x1, y2, x2 = _common(first[0], second[0])
+    if (y2 - y1) * (x2 - x1) < SAME_IOU * max(area1, area2):
+        return 0.0  # before any pixel is looked at
     shared = _shared(first, second)
-    union = int(np.count_nonzero(first[1])) + int(np.count_nonzero(second[1])) - shared
-    return shared / max(1, union)
+    return shared / max(1, area1 + area2 - shared)
 
 
-def _is_repeated(part: Part, other: Part, cut: bool) -> bool:
-    shared, area = _shared(part, other), int(np.count_nonzero(part[1]))
-    union = area + int(np.count_nonzero(other[1])) - shared
-    return shared >= SAME_IOU * max(1, union) or (cut and shared >= PART_SHARE * max(1, area))
+def _agree(first: Part, second: Part, frame: Box) -> bool:
+    """Whether two masks are the same, as far as a frame shows them."""
+    first, second = (
+        (box, _inside(part, box)) for part in (first, second) for box in [_common(part[0], frame)]
+    )
+    return _iou(first, second, _area(first), _area(second)) >= SAME_IOU
 
 
 def _majority(parts: Sequence[Part], weights: np.ndarray | None) -> Part:

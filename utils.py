@@ -406,8 +406,8 @@ def resize_image(
     if mode == "square" and round(max(height, width) * scale) > side:
         scale = side / max(height, width)
     scale *= zoom
-    if mode == "square":
-        side = -(-round(side * zoom) // 64) * 64
+    if mode == "square" and zoom != 1:
+        side = max(64, -(-round(side * zoom) // 64) * 64)
     scaled = resize(image, _scaled_shape(image.shape, scale)) if scale != 1 else image
     height, width = scaled.shape[:2]
 

@@ -465,4 +465,4 @@ def _mask_iou(box1: np.ndarray, part1: np.ndarray, box2: np.ndarray, part2: np.n
     )
     intersection = np.count_nonzero(inside1 & inside2)
     union = np.count_nonzero(part1) + np.count_nonzero(part2) - intersection
-    return intersection / union
+    return intersection / max(1, union)

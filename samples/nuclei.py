@@ -151,7 +151,7 @@ def train(args: argparse.Namespace) -> None:
     def judge(model: MaskRCNN) -> dict[str, float]:
         model.config = whole
         try:
-            return evaluator(held_out)(model)
+            return evaluator(held_out, max_detections=ALL["max_detections"])(model)
         finally:
             model.config = config
 

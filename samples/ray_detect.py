@@ -372,13 +372,11 @@ def detect(args: argparse.Namespace) -> int:
     file = weights.read_state_dict(path)
     if not weights.is_whole(file):
         raise ValueError(f"--model must be that of a whole network, got {path}")
-    chosen = {
-        "DETECTION_MIN_CONFIDENCE": args.min_confidence,
-        "IMAGE_BIT_DEPTH": args.IMAGE_BIT_DEPTH,
-    }
-    options = {name: value for name, value in chosen.items() if value is not None}
+    options = cli.config_options(args)
+    if args.min_confidence is not None:
+        options["DETECTION_MIN_CONFIDENCE"] = args.min_confidence
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    settings = {"model": Path(args.model).name, "sha256": digest, **options}
+    settings = {"model": Path(args.model).name, "sha256": digest, **weights.plain(options)}
     if args.batch is not None:
         options["IMAGES_PER_GPU"] = args.batch
 
@@ -510,6 +508,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = "least score of a detection, 0 to 1; default: as the file says"
     add("--min-confidence", type=cli.share, metavar="X", help=text)
     cli.add_bit_depth(parser)
+    cli.add_views(parser)
     text = "do the images again whose row tells an error"
     add("--retry-errors", action="store_true", help=text)
     text = "images of a task and of a file; default: 200"

@@ -173,6 +173,23 @@ def test_numbers_are_those_of_pycocotools_used_the_plain_way(tmp_path):
             assert value == pytest.approx(judged.mean()) if len(judged) else math.isnan(value)
 
 
+def test_as_many_detections_count_as_one_says():
+    """Of 120 objects, all found, COCO's 100 give a recall of 100 / 120."""
+    boxes = [(1, 4 * y, 4 * x, 3) for y in range(12) for x in range(10)]
+    dataset = Squares(boxes)
+    rles = [utils.rle_encode(np.asarray(m)) for m in np.moveaxis(dataset.load_mask(0)[0], 2, 0)]
+    corners = [utils.rle_decode_part(rle)[0] for rle in rles]
+    scores = np.linspace(0.9, 0.5, len(boxes)).tolist()
+    model = Oracle(dataset, lambda i: result_of(corners, [1] * len(boxes), scores, rles))
+    for count, recall in ((100, 100 / 120), (60, 0.5), (120, 1.0), (500, 1.0)):
+        result = evaluation.evaluate_coco(model, dataset, max_detections=count, verbose=0)
+        assert result.segm["AR100"] == result.bbox["AR100"] == pytest.approx(recall)
+        # Of 101 points of recall those that are reached have a precision of 1.
+        assert result.segm["AP"] == pytest.approx(int(recall * 100 + 1) / 101)
+    with pytest.raises(ValueError, match="at least 10"):
+        evaluation.evaluate_coco(model, dataset, max_detections=9, verbose=0)
+
+
 def test_without_detections_ap_is_0_and_it_says_so():
     dataset = Squares(*SCENES)
     model = Oracle(dataset, lambda i: result_of([], [], [], []))

@@ -337,6 +337,15 @@ def test_resize_image_crops_at_random():
     assert {x for _, x in seen} == set(range(27))
 
 
+def test_a_square_has_the_side_that_was_asked_for():
+    image = np.zeros((50, 80, 3), np.uint8)
+    for side in (100, 1000):
+        assert utils.resize_image(image, max_dim=side).image.shape == (side, side, 3)
+    # Only a zoomed one must come to multiples of 64, since it becomes a network's input.
+    for zoom, side in ((1.5, 192), (2.0, 256), (0.01, 64)):
+        assert utils.resize_image(image, max_dim=128, zoom=zoom).image.shape == (side, side, 3)
+
+
 def test_resize_image_refuses():
     image = np.zeros((4, 4, 3), np.uint8)
     with pytest.raises(ValueError, match="got mode='fit'"):
