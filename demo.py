@@ -13,7 +13,6 @@ python demo.py test2017 --list image_info_test-dev2017.json --results results.js
 """
 
 import argparse
-import itertools
 import json
 import os
 import sys
@@ -235,7 +234,7 @@ def detect(args: argparse.Namespace) -> int:
             tqdm.write(f"demo.py: skipped {path}: {cli.one_line(error)}", file=sys.stderr)
             status = 1
             continue
-        name = unused(path.stem, used)
+        name = utils.unused_name(path.stem, used)
         image_id = ids.get(path, int(name) if name.isdecimal() else name)
         found = coco.build_coco_results(image_id, result, category_ids(names))
         if args.results is not None or args.coco is not None:
@@ -252,7 +251,7 @@ def detect(args: argparse.Namespace) -> int:
 
             visualize.display_images([picture], [name], cols=1, show=True)
     for source in videos:
-        name = unused(video.output_name(source), used)
+        name = utils.unused_name(video.output_name(source), used)
         try:
             status |= look_at_video(model, source, name, names, args)
         except cli.EXPECTED as error:
@@ -266,14 +265,6 @@ def detect(args: argparse.Namespace) -> int:
         write(Path(args.coco), content)
         print(f"{args.coco}: annotations of the images in {folder}")
     return status
-
-
-def unused(stem: str, used: set[str]) -> str:
-    """A name for what is written that nothing else has, and which it then has."""
-    stems = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
-    name = next(stem for stem in stems if stem not in used)
-    used.add(name)
-    return name
 
 
 def listed_images(file: str, folders: Sequence[str]) -> tuple[dict[Path, int | str], list[str]]:

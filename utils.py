@@ -7,6 +7,7 @@ import contextlib
 import copy
 import ctypes
 import functools
+import itertools
 import logging
 import math
 import os
@@ -45,6 +46,14 @@ def write_atomic(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def unused_name(stem: str, used: set[str]) -> str:
+    """A name for what is written that is not among the used ones, of which it then is one."""
+    stems = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
+    name = next(stem for stem in stems if stem not in used)
+    used.add(name)
+    return name
 
 
 def keep_memory() -> None:

@@ -44,19 +44,27 @@ def run(args: argparse.Namespace) -> int:
         r = model.detect([image])[0]
         return color_splash(image, r["masks"][:, :, np.isin(r["class_ids"], class_ids)])
 
-    output, status = Path(args.output), 0
+    for source in args.images:
+        if not video.is_video(source) and not Path(source).is_file():
+            raise FileNotFoundError(f"no image or video {source}")
+    output, used, status = Path(args.output), set[str](), 0
     output.mkdir(parents=True, exist_ok=True)
     for source in args.images or ["coffee"]:
         if video.is_video(source):
-            path = output / f"{video.output_name(source)}_splash.mp4"
+            path = output / f"{utils.unused_name(video.output_name(source), used)}_splash.mp4"
             _, problem = video.redraw(source, path, lambda frame: splash(frame.image))
             if problem is not None:
                 print(f"color_splash.py: {source}: {problem}", file=sys.stderr)
                 status = 1
         else:
-            path = output / f"{Path(source).stem}_splash.png"
-            image = utils.load_image(source) if args.images else sample()
-            Image.fromarray(splash(image)).save(path)
+            try:
+                picture = splash(utils.load_image(source) if args.images else sample())
+            except cli.EXPECTED as error:
+                print(f"color_splash.py: skipped {source}: {cli.one_line(error)}", file=sys.stderr)
+                status = 1
+                continue
+            path = output / f"{utils.unused_name(Path(source).stem, used)}_splash.png"
+            Image.fromarray(picture).save(path)
         print(path)
     return status
 

@@ -80,6 +80,18 @@ def test_what_is_not_read_whole_is_told(tmp_path, known_detections, capsys):
     assert "a.mkv: it breaks off after 0." in capsys.readouterr().err
 
 
+def test_a_damaged_image_is_skipped_and_names_do_not_clash(tmp_path, capsys):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(np.full((64, 80, 3), 90, np.uint8)).save(tmp_path / folder / "a.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    sources = [str(tmp_path / name) for name in ("one/a.png", "broken.png", "two/a.png")]
+    out = tmp_path / "out"
+    assert color_splash.main([*sources, "--model", "shapes", "--output", str(out)]) == 1
+    assert sorted(path.name for path in out.iterdir()) == ["a-2_splash.png", "a_splash.png"]
+    assert "skipped" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -237,6 +237,8 @@ def workplace(tmp_path, monkeypatch):
         "new.jpg",
         "mine.jpg",
         "party.jpg",
+        "city.tif",
+        "swarm.jpg",
     ):
         photo(tmp_path / name, rng)
     write_clip(tmp_path / "clip.mp4", [utils.load_image(tmp_path / "new.jpg")] * 4)
