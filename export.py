@@ -132,7 +132,8 @@ def trace(model: MaskRCNN, suppress: graph.Suppress) -> torch.export.ExportedPro
     images = torch.zeros(2, 96, 110, channels, dtype=torch.uint8)
     sides = {i: torch.export.Dim(name, min=1) for i, name in enumerate(SIDES)}
     detector = graph.DetectionGraph(model, suppress)
-    return torch.export.export(detector, (images,), dynamic_shapes=(sides,), strict=False)
+    with torch.no_grad():  # around it, since a change of it within would be a part of the program
+        return torch.export.export(detector, (images,), dynamic_shapes=(sides,), strict=False)
 
 
 def translations() -> dict[Any, Any]:

@@ -79,7 +79,6 @@ class DetectionGraph(nn.Module):
         self.suppress = suppress
         self.eval()
 
-    @torch.no_grad()
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Finds the objects in images, as detect does.
 
