@@ -19,7 +19,6 @@ from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
-from scipy.optimize import linear_sum_assignment
 
 import cli
 import utils
@@ -427,6 +426,8 @@ class Tracker:
         Args:
             result: of MaskRCNN.detect(..., masks="rle").
         """
+        from scipy.optimize import linear_sum_assignment  # takes half a second, of every command
+
         class_ids, parts = result["class_ids"].tolist(), map(utils.rle_decode_part, result["masks"])
         found = [(np.array(box), part) for box, part in parts]
         overlaps = np.zeros((len(found), len(self._tracks)))

@@ -67,7 +67,7 @@ def test_an_import_prints_nothing_and_changes_no_setting():
     code = """
 import os, sys, torch, numpy
 threads, state = torch.get_num_threads(), torch.random.get_rng_state()
-for module in ("model", "visualize", "coco"):
+for module in ("model", "visualize", "coco", "demo"):
     if os.fork() == 0:
         break
     assert os.wait()[1] == 0, module
@@ -79,6 +79,8 @@ assert torch.equal(torch.random.get_rng_state(), state)
 assert "matplotlib.pyplot" not in sys.modules or module == "visualize"
 if module == "model":
     assert not {"matplotlib", "pycocotools", "h5py", "safetensors"} & set(sys.modules)
+if module != "visualize":  # what would delay every command
+    assert not {"matplotlib", "scipy.optimize", "scipy.ndimage", "av"} & set(sys.modules)
 """
     run = subprocess.run(
         [sys.executable, "-c", code],
