@@ -49,14 +49,16 @@ def test_a_run_goes_on_when_a_machine_is_lost(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=1"]
     torchrun += ["--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=job"]
     torchrun += [f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--local-addr=127.0.0.1"]
-    torchrun += ["--rdzv-conf=last_call_timeout=10"]
+    # The second machine is lost, so that the first must be the one where they meet: both could be,
+    # since they are one.
+    conf = "--rdzv-conf=last_call_timeout=10,is_host="
 
     agents, files = [], [tmp_path / "one.log", tmp_path / "two.log"]
     try:
-        for file in files:
+        for file, host in zip(files, ("true", "false"), strict=True):
             with file.open("w") as log:
                 options = {"stdout": log, "stderr": log, "env": ENVIRONMENT}
-                command = [*torchrun, "--", *train, f"--logs={logs}"]
+                command = [*torchrun, conf + host, "--", *train, f"--logs={logs}"]
                 agents.append(subprocess.Popen(command, **options))
 
         def is_shared():
