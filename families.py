@@ -41,7 +41,6 @@ CLASS_NAMES = ["BG", *CATEGORIES.values()]
 TORCHVISION_CLASS_NAMES = ["BG", *(CATEGORIES.get(i, f"N/A {i}") for i in range(1, 91))]
 
 
-
 def class_names(config: Config) -> list[str]:
     """Names of the classes, the background's first: COCO's for as many classes without names."""
     if config.CLASS_NAMES:
