@@ -97,7 +97,7 @@ def to_onnx(model: MaskRCNN) -> bytes:
         (),
         dynamo=True,
         verbose=False,
-        optimize=False,  # in ONNX Runtime it is as fast, and the rewriting takes a minute
+        optimize=False,  # which ONNX Runtime does when it loads a file
         opset_version=OPSET,
         input_names=["images"],
         output_names=OUTPUTS,

@@ -14,7 +14,8 @@ With --preset both networks are torchvision's maskrcnn_resnet50_fpn or _v2, have
 and give the same detections in the same photographs: those of a folder, or three of scikit-image.
 
 --bfloat16 adds a row for CPU_PRECISION = "bfloat16", which the processor must have, and --onnx two
-for ONNX Runtime: ours, as weights.py export writes it, and torchvision's network.
+for ONNX Runtime: ours, as weights.py export writes it, and torchvision's network. The peak memory
+of these two is that of their export.
 """
 
 import argparse
