@@ -266,12 +266,11 @@ TINY = TinyNetwork.own_options() | {"IMAGE_MAX_DIM": 192}
     ("preset", "mini"),
     [
         (MatterportConfig, True),
-        (MatterportConfig, False),
         (TorchvisionV2Config, True),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in itertools.product(FAMILIES, (True, False))
-            if case[0] is not MatterportConfig and case != (TorchvisionV2Config, True)
+            if case not in ((MatterportConfig, True), (TorchvisionV2Config, True))
         ),
     ],
 )
