@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from keras_weights import write_h5
 from tiny_weights import tiny
 
@@ -108,6 +109,15 @@ def zipped(**members):
         for name, content in members.items():
             archive.writestr(name, content)
     return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """So small a network is slower on several, ten times where they wait for other programs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

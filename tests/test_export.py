@@ -21,6 +21,7 @@ import weights
 from model import MaskRCNN
 from samples.scenes import scene
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ORDER = ("boxes", "class_ids", "scores", "masks", "image_index")
 COINS = utils.as_uint8_image(skimage.data.coins())
 

@@ -11,6 +11,7 @@ import graph
 import utils
 from nms import nms
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ASTRONAUT = skimage.data.astronaut()
 
 
