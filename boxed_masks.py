@@ -10,6 +10,26 @@ import utils
 Part = tuple[tuple[int, int, int, int], np.ndarray]
 
 
+def common_box(first: Sequence[int], second: Sequence[int]) -> tuple[int, int, int, int]:
+    """What two boxes (y1, x1, y2, x2) share, without area where they do not meet."""
+    (a, b, c, d), (e, f, g, h) = first, second
+    y1, x1 = max(a, e), max(b, f)
+    return y1, x1, max(y1, min(c, g)), max(x1, min(d, h))
+
+
+def within_box(part: Part, box: Sequence[int]) -> np.ndarray:
+    """What of a mask lies in a box, which its own box must hold."""
+    (top, left, _, _), mask = part
+    y1, x1, y2, x2 = box
+    return mask[y1 - top : y2 - top, x1 - left : x2 - left]
+
+
+def shared_pixels(first: Part, second: Part) -> int:
+    """How many pixels two masks share."""
+    box = common_box(first[0], second[0])
+    return int(np.count_nonzero(within_box(first, box) & within_box(second, box)))
+
+
 class BoxedMasks:
     """The masks of an image, [H, W, N] bool, each kept as the part in its box.
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from boxed_masks import Part
+from boxed_masks import Part, common_box, shared_pixels, within_box
 from config import Config
 from detections import Objects
 
@@ -229,7 +229,7 @@ def stitch(found: Sequence[tuple[Box, Objects]], image_shape: Sequence[int]) -> 
         near = {root(j) for piece in joined[i] for j in neighbours[piece]} & keep
         if not any(
             _iou(parts[i], parts[j], areas[i], areas[j]) >= SAME_IOU
-            or (cut[i] and _shared(parts[i], parts[j]) >= PART_SHARE * max(1, areas[i]))
+            or (cut[i] and shared_pixels(parts[i], parts[j]) >= PART_SHARE * max(1, areas[i]))
             for j in near
         ):
             keep.add(i)
@@ -307,42 +307,24 @@ def _are_cut(boxes: np.ndarray, frames: np.ndarray, image_shape: Sequence[int]) 
     return (inner & (np.abs(boxes - frames) <= 1 + CUT_MARGIN * size)).any(axis=1)
 
 
-def _common(first: Box, second: Box) -> Box:
-    (a, b, c, d), (e, f, g, h) = first, second
-    y1, x1 = max(a, e), max(b, f)
-    return y1, x1, max(y1, min(c, g)), max(x1, min(d, h))
-
-
-def _inside(part: Part, frame: Box) -> np.ndarray:
-    """What of a mask lies in a frame, which its box must hold."""
-    (top, left, _, _), mask = part
-    y1, x1, y2, x2 = frame
-    return mask[y1 - top : y2 - top, x1 - left : x2 - left]
-
-
 def _area(part: Part) -> int:
     return int(np.count_nonzero(part[1]))
 
 
-def _shared(first: Part, second: Part) -> int:
-    """The pixels that two masks share."""
-    frame = _common(first[0], second[0])
-    return int(np.count_nonzero(_inside(first, frame) & _inside(second, frame)))
-
-
 def _iou(first: Part, second: Part, area1: int, area2: int) -> float:
     """Intersection over union of two masks of these areas; 0 where it must be below SAME_IOU."""
-    y1, x1, y2, x2 = _common(first[0], second[0])
+    y1, x1, y2, x2 = common_box(first[0], second[0])
     if (y2 - y1) * (x2 - x1) < SAME_IOU * max(area1, area2):
         return 0.0  # before any pixel is looked at
-    shared = _shared(first, second)
+    shared = shared_pixels(first, second)
     return shared / max(1, area1 + area2 - shared)
 
 
 def _agree(first: Part, second: Part, frame: Box) -> bool:
     """Whether two masks are the same, as far as a frame shows them."""
+    boxes = [common_box(part[0], frame) for part in (first, second)]
     first, second = (
-        (box, _inside(part, box)) for part in (first, second) for box in [_common(part[0], frame)]
+        (box, within_box(p, box)) for box, p in zip(boxes, (first, second), strict=True)
     )
     return _iou(first, second, _area(first), _area(second)) >= SAME_IOU
 

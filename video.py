@@ -22,6 +22,7 @@ from PIL import Image
 
 import cli
 import utils
+from boxed_masks import shared_pixels
 
 if TYPE_CHECKING:
     import av
@@ -456,14 +457,7 @@ class Tracker:
 
 def _mask_iou(box1: np.ndarray, part1: np.ndarray, box2: np.ndarray, part2: np.ndarray) -> float:
     """IoU of two masks, each the part [h, w] in a box (y1, x1, y2, x2)."""
-    y1, x1 = np.maximum(box1[:2], box2[:2])
-    y2, x2 = np.minimum(box1[2:], box2[2:])
-    if y1 >= y2 or x1 >= x2:
+    intersection = shared_pixels((tuple(box1), part1), (tuple(box2), part2))
+    if not intersection:
         return 0.0
-    inside1, inside2 = (
-        part[y1 - box[0] : y2 - box[0], x1 - box[1] : x2 - box[1]]
-        for box, part in ((box1, part1), (box2, part2))
-    )
-    intersection = np.count_nonzero(inside1 & inside2)
-    union = np.count_nonzero(part1) + np.count_nonzero(part2) - intersection
-    return intersection / max(1, union)
+    return intersection / (np.count_nonzero(part1) + np.count_nonzero(part2) - intersection)
