@@ -16,9 +16,9 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the folder of the library
 
 import cli
-import coco
 import utils
 import video
+from families import class_names
 from model import MaskRCNN
 
 
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         args.model or ("coco" if args.images else "shapes"),
         DETECTION_MIN_CONFIDENCE=args.min_confidence,
     ).to(args.device)
-    names = model.config.CLASS_NAMES or coco.CLASS_NAMES
+    names = class_names(model.config)
     classes = args.classes or (names[1:] if args.images else ["circle"])
     if unknown := set(classes) - set(names[1:]):
         raise ValueError(f"--classes must be among {', '.join(names[1:])}; got {unknown.pop()}")

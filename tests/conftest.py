@@ -137,3 +137,17 @@ def small_h5(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "small.h5"
     write_h5("small", path)
     return path
+
+
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory):
+    """A weight file of a network that runs in milliseconds, with random weights."""
+    from test_model import TinyConfig
+
+    import weights
+    from model import MaskRCNN
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model") / "tiny.pth"
+    weights.save_weights(MaskRCNN(TinyConfig()), path)
+    return path

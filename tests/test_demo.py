@@ -6,7 +6,6 @@ import urllib.request
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 from reference_inputs import synthetic_image
@@ -18,14 +17,6 @@ import weights
 from coco import CATEGORY_IDS, CLASS_NAMES, build_coco_results
 from coco_dataset import CocoDataset
 from model import MaskRCNN
-
-
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("model") / "tiny.pth"
-    weights.save_weights(MaskRCNN(TinyConfig()), path)
-    return path
 
 
 @pytest.fixture

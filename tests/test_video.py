@@ -14,7 +14,6 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from test_model import TinyConfig
 
@@ -553,14 +552,6 @@ def test_mask_iou_is_that_of_arrays():
 
 
 # --- demo.py -------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory):
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("model") / "tiny.pth"
-    weights.save_weights(MaskRCNN(TinyConfig()), path)
-    return path
 
 
 # The grey of each object in the frames below, and where its centre is, by frame.
